@@ -1,0 +1,46 @@
+"""fastexperts: fused, provably right mixture-of-experts training for Hugging Face models.
+
+    import fastexperts
+
+    fastexperts.register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="fastexperts")
+
+Importing needs PyTorch alone: transformers is imported by `register` and `enable`, Triton by the first GPU call.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastexperts.activations import ACTIVATIONS, Activation
+from fastexperts.errors import FastexpertsError
+from fastexperts.moe import moe_mlp
+from fastexperts.reference import moe_mlp_reference
+from fastexperts.routing import Routing
+from fastexperts.weights import Weight
+
+if TYPE_CHECKING:
+    from fastexperts.hf.experts import enable, register
+
+__version__ = "0.1.0"
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "FastexpertsError",
+    "Routing",
+    "Weight",
+    "__version__",
+    "enable",
+    "moe_mlp",
+    "moe_mlp_reference",
+    "register",
+]
+
+_LAZY = {"enable": "fastexperts.hf.experts", "register": "fastexperts.hf.experts"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fastexperts' has no attribute {name!r}")

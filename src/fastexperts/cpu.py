@@ -1,0 +1,138 @@
+"""The ops of ops.py over PyTorch's own grouped GEMM: what runs where Triton does not.
+
+Legend: see ops.py. Host offsets are read once per call, which costs nothing on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from fastexperts.activations import Activation
+from fastexperts.routing import route_torch as route
+
+__all__ = ["combine", "dh", "down", "dx", "gather", "grouped_dw", "route", "up"]
+
+
+def up(
+    x_TD: Tensor,
+    w1_ECFD: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    schedule_S2: Tensor,
+    top_k: int,
+    act: str,
+    params: list[float],
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
+    x_PD = gather(x_TD, pair_of_row_P, top_k)
+    h_PG = torch.cat([_rows_mm(x_PD, w.transpose(1, 2), offsets_E1) for w in w1_ECFD.unbind(1)], dim=1)
+    return h_PG if keep_h else h_PG[:0].clone(), activation.forward(h_PG)
+
+
+def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+    return _rows_mm(a_PF, w2_EDF.transpose(1, 2), offsets_E1)
+
+
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+    parts = zip(dh_PG.chunk(w1_ECFD.shape[1], dim=1), w1_ECFD.unbind(1), strict=True)
+    first, *rest = (_rows_mm(dh_PF, w_EFD, offsets_E1) for dh_PF, w_EFD in parts)
+    return first + rest[0] if rest else first
+
+
+def dh(
+    dout_PD: Tensor,
+    w2_EDF: Tensor,
+    h_PG: Tensor,
+    weight_TK: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    schedule_S2: Tensor,
+    act: str,
+    params: list[float],
+    need_dh: bool,
+    need_wa: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    activation = Activation.of(act, h_PG.shape[1] == 2 * w2_EDF.shape[2], params)
+    wide = _accumulator(h_PG.dtype)
+    v_PF = _rows_mm(dout_PD, w2_EDF, offsets_E1).to(wide)
+    weight_P1 = weight_TK.reshape(-1)[pair_of_row_P.clamp(min=0)].to(wide)[:, None]
+    a_PF, dh_PG = activation.vjp(h_PG.to(wide), weight_P1 * v_PF)
+    dweight_P = (v_PF * a_PF).sum(-1)[row_of_pair_P.clamp(min=0)].where(row_of_pair_P >= 0, 0)
+    return (
+        dh_PG[: None if need_dh else 0].to(h_PG.dtype),
+        (weight_P1 * a_PF)[: None if need_wa else 0].to(h_PG.dtype),
+        dweight_P.reshape(weight_TK.shape)[: None if need_dweight else 0].to(weight_TK.dtype),
+    )
+
+
+def gather(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
+    return x_TD[pair_of_row_P.clamp(min=0) // top_k]
+
+
+def combine(
+    y_PD: Tensor, weight_TK: Tensor | None, row_of_pair_P: Tensor, top_k: int, dtype: torch.dtype
+) -> Tensor:
+    wide = _accumulator(y_PD.dtype)
+    out_TD = y_PD.new_zeros((row_of_pair_P.shape[0] // top_k, y_PD.shape[1]), dtype=wide)
+    for k, row_T in enumerate(row_of_pair_P.view(-1, top_k).unbind(1)):
+        y_TD = y_PD[row_T.clamp(min=0)].to(wide)
+        if weight_TK is not None:
+            y_TD = y_TD * weight_TK[:, k, None].to(wide)
+        out_TD += y_TD.where(row_T[:, None] >= 0, 0)
+    return out_TD.to(dtype)
+
+
+def grouped_dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
+    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of `like`."""
+    out_ECMN = torch.empty_like(like_ECMN)
+    parts = zip(rows_PM.chunk(like_ECMN.shape[1], dim=1), out_ECMN.unbind(1), strict=True)
+    for part_PM, out_EMN in parts:
+        out_EMN.copy_(_grouped_mm(part_PM.t(), rows_PN, offsets_E1))
+    return out_ECMN
+
+
+def _rows_mm(rows_PK: Tensor, w_EKN: Tensor, offsets_E1: Tensor) -> Tensor:
+    return _grouped_mm(rows_PK, w_EKN, offsets_E1)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets_E1: Tensor) -> Tensor:
+    """[P, K] x [E, K, N] -> [P, N] by rows of an expert, or [M, P] x [P, N] -> [E, M, N] over them.
+
+    PyTorch's grouped GEMM has no fp64 and wants strides in multiples of 16 bytes: a loop over experts elsewhere.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype != torch.float64 and a.numel() and b.numel() and _aligned(a) and _aligned(b):
+            return nnf.grouped_mm(a, b, offs=offsets_E1[1:])
+        ragged_rows = b.dim() == 3
+        shape = (a.shape[0], b.shape[2]) if ragged_rows else (offsets_E1.shape[0] - 1, a.shape[0], b.shape[1])
+        out = a.new_zeros(shape)
+        bounds = offsets_E1.tolist()
+        for e, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if start == end:
+                continue
+            if ragged_rows:
+                out[start:end] = a[start:end] @ b[e]
+            else:
+                out[e] = a[:, start:end] @ b[start:end]
+        return out
+
+
+def _aligned(matrix: Tensor) -> bool:
+    rows, columns = matrix.stride()[-2:]
+    major = rows if columns == 1 else columns
+    batch_ok = matrix.dim() == 2 or matrix.stride(0) * matrix.element_size() % 16 == 0
+    return (
+        1 in (rows, columns)
+        and major * matrix.element_size() % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        and batch_ok
+    )
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""Hugging Face integration: the experts-interface adapter."""

@@ -1,0 +1,38 @@
+"""The oracle: a plain loop over experts in differentiable PyTorch, any dtype, nothing shared with the fast path.
+
+Legend: T tokens, K top-k, E experts, D model dim, F expert intermediate dim, G = 2F gated, else F.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastexperts.activations import SWIGLU, Activation
+from fastexperts.weights import Weight, as_weight
+
+
+def moe_mlp_reference(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weight_TK: Tensor,
+    w1: Tensor | Weight,
+    w2: Tensor | Weight,
+    *,
+    activation: Activation = SWIGLU,
+) -> Tensor:
+    """out_TD[t] = sum_k weight[t, k] * w2[e] act(w1[e] x[t]) with e = ids[t, k]; ids outside [0, E) add nothing.
+
+    Arguments as `fastexperts.moe_mlp`. Every operation runs in the dtypes given: pass fp64 tensors for the truth, or
+    bf16 ones for what a plain PyTorch loop makes of bf16.
+    """
+    w1_ECFD = as_weight(w1).parts(activation.parts)
+    w2_EDF = as_weight(w2).out_in
+    out_TD = torch.zeros_like(x_TD)
+    for e in range(w2_EDF.shape[0]):
+        t, k = torch.where(ids_TK == e)
+        h = torch.cat([F.linear(x_TD[t], w1_FD) for w1_FD in w1_ECFD[e]], dim=-1)
+        y = F.linear(activation.forward(h), w2_EDF[e])
+        out_TD = out_TD.index_add(0, t, (y * weight_TK[t, k, None]).to(out_TD.dtype))
+    return out_TD
