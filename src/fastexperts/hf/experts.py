@@ -1,0 +1,267 @@
+"""The adapter between transformers' experts interface and `moe_mlp`: `register`, `enable`, and the forward.
+
+Every flag of the interface is honoured or refused; nothing is guessed from a class name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastexperts.activations import ACTIVATIONS, Activation
+from fastexperts.checks import DTYPES
+from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.hf.gate import WAY_OUT, activation_of
+from fastexperts.hf.inventory import Row, Summary, interface_modules, outside_modules, row_of, stored
+from fastexperts.moe import moe_mlp
+from fastexperts.weights import Weight
+
+NAME = "fastexperts"
+OLDEST = {"torch": "2.11", "transformers": "5.17"}
+
+
+def register() -> None:
+    """Make `experts_implementation="fastexperts"` valid wherever transformers takes one; idempotent.
+
+    That is `from_pretrained`, `from_config`, `set_experts_implementation` and TRL's `model_init_kwargs`.
+    Raises FastexpertsError if torch or transformers is missing or older than we serve.
+    """
+    for package, oldest in OLDEST.items():
+        _check_version(package, oldest)
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, fp8_experts_forward)
+
+
+def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool = True) -> Summary:
+    """Switch the experts of a loaded `model` to fastexperts and say what was switched, what not, and why.
+
+    Args:
+        model: a transformers model, or a wrapper of one (PEFT, DistributedDataParallel, torch.compile).
+        allow_unsupported: let modules that cannot be served stay on their present implementation; otherwise
+            they raise FastexpertsError and nothing is switched.
+        verbose: print the summary.
+
+    Transformers selects the implementation per config, so a module that shares its config with one that
+    cannot be served stays as well, and its row says so.
+    """
+    register()
+    roots = _pretrained_models(model)
+    modules = interface_modules(model)
+    rows = {name: _row(name, module) for name, module in modules.items()}
+    unswitchable = {id(modules[name].config): row for name, row in rows.items() if not row.served}
+    for name, row in rows.items():
+        culprit = unswitchable.get(id(modules[name].config))
+        if row.served and culprit is not None:
+            reason = f"shares its config with {culprit.name}, which is not served"
+            rows[name] = row_of(name, modules[name], served=False, activation=row.activation, reason=reason)
+    outside = tuple(
+        Row(name, type(module).__name__, served=False, reason="not in transformers' experts interface")
+        for name, module in outside_modules(model)
+    )
+    summary = Summary((*rows.values(), *outside))
+    _check_switchable(model, summary, allow_unsupported)
+
+    before = {
+        id(module.config): (module.config, module.config._experts_implementation)
+        for module in modules.values()
+    }
+    for root in roots:
+        root.set_experts_implementation(NAME)
+    for key, (config, previous) in before.items():
+        # Transformers sets the configs of models it knows by their source; what a module reads decides.
+        wanted = previous if key in unswitchable else NAME
+        if config._experts_implementation != wanted:
+            config._experts_implementation = wanted
+    if verbose:
+        print(summary)
+    return summary
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The function that transformers calls as an experts module's forward: [N, D], [N, K], [N, K] -> [N, D].
+
+    Products run in the autocast dtype where autocast is on, else in that of `hidden_states`, whose dtype the
+    output has. Raises FastexpertsError for a flag, a gate or a weight that cannot be served.
+    """
+    check_flags(self)
+    w1, w2 = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
+    if not torch.compiler.is_compiling():
+        _check_plain(self, w1, w2)
+    return moe_mlp(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        Weight(w1, transposed=self.is_transposed, interleaved=not self.is_concatenated),
+        Weight(w2, transposed=self.is_transposed),
+        activation=activation_of(self),
+        # transformers < 5.23 does not say, and sends the same sentinels.
+        expert_parallel=getattr(self, "_is_expert_parallel", True),
+    )
+
+
+def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What is registered for FP8 checkpoints: a refusal, where transformers would raise a bare KeyError."""
+    raise _fp8_refusal(self)
+
+
+def check_flags(module: Any) -> None:
+    """Raise FastexpertsError for a flag of the interface that is set and not served."""
+    for flag, what in (
+        ("has_bias", "no expert biases"),
+        ("has_post_expert_norm", "no norm after each expert"),
+    ):
+        if getattr(module, flag, False):  # has_post_expert_norm came after transformers 5.17
+            raise refuse(
+                type(module).__name__, flag, got=True, needs=f"False ({what} so far)", way_out=WAY_OUT
+            )
+
+
+def check_served(module: Any) -> Activation:
+    """The activation that `module` will run; raises FastexpertsError if it cannot be served."""
+    if "FP8" in type(module).__name__:
+        raise _fp8_refusal(module)
+    check_flags(module)
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        if not stored(module, name):
+            raise refuse(
+                type(module).__name__,
+                name,
+                got="no such parameter",
+                needs="the experts' weights in it, [experts, out, in]",
+                way_out=WAY_OUT,
+            )
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.dtype not in DTYPES:
+            raise _dtype_refusal(module, name, parameter)
+    return activation_of(module)
+
+
+def _check_plain(module: Any, w1: Tensor, w2: Tensor) -> None:
+    """Raise for weights that are no plain floating tensors: what our ops would make of them is undefined."""
+    weights: tuple[tuple[str, Any], ...] = (
+        ("gate_up_proj" if module.has_gate else "up_proj", w1),
+        ("down_proj", w2),
+    )
+    for name, w in weights:
+        if w.dtype not in DTYPES:
+            raise _dtype_refusal(module, name, w)
+        if is_traceable_wrapper_subclass(w):
+            raise refuse(
+                type(module).__name__,
+                name,
+                got=f"a {type(w).__name__}",
+                needs="a plain tensor (sharded and quantised tensors are not served so far)",
+                way_out=WAY_OUT,
+            )
+
+
+def _dtype_refusal(module: Any, name: str, w: Tensor) -> FastexpertsError:
+    return refuse(
+        type(module).__name__,
+        name,
+        got=str(w.dtype).removeprefix("torch."),
+        needs="bfloat16, float16, float32 or float64 (no quantised experts so far)",
+        way_out="Load the model dequantised, or use experts_implementation='grouped_mm'.",
+    )
+
+
+def _fp8_refusal(module: Any) -> FastexpertsError:
+    return refuse(
+        type(module).__name__,
+        "experts_implementation",
+        got=f"'{NAME}' for FP8 experts",
+        needs="experts in bf16, fp16 or fp32",
+        way_out="Load with quantization_config=FineGrainedFP8Config(dequantize=True), or use 'grouped_mm'.",
+    )
+
+
+def _row(name: str, module: Any) -> Row:
+    try:
+        activation = check_served(module)
+    except FastexpertsError as e:
+        return row_of(name, module, served=False, reason=str(e))
+    label = next((key for key, row in ACTIVATIONS.items() if row == activation), str(activation))
+    return row_of(name, module, served=True, activation=label)
+
+
+def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: bool) -> None:
+    """Raise unless something can be switched and all that cannot is allowed to stay."""
+    names = "\n".join(f"  {row.name} ({row.cls}): {row.reason}" for row in summary.not_served)
+    if not summary.rows:
+        raise refuse(
+            "enable",
+            "model",
+            got=f"{type(model).__name__}, in which no experts were found",
+            needs="a mixture-of-experts model",
+            way_out="Train a dense model without fastexperts.",
+        )
+    if not summary.served:
+        raise refuse(
+            "enable",
+            "model",
+            got=f"{type(model).__name__}, none of whose experts can be served",
+            needs="experts that transformers dispatches and fastexperts serves",
+            way_out=f"Train it without fastexperts. Found:\n{names}",
+        )
+    if summary.not_served and not allow_unsupported:
+        raise refuse(
+            "enable",
+            "model",
+            got=f"{type(model).__name__} with {len(summary.not_served)} modules that cannot be served",
+            needs="all experts to be served",
+            way_out=f"Pass allow_unsupported=True to leave these as they are:\n{names}",
+        )
+
+
+def _pretrained_models(model: object) -> list[Any]:
+    """The topmost transformers models in `model`."""
+    from transformers import PreTrainedModel
+
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        covered = any(not top or name.startswith(f"{top}.") for top in found)
+        if isinstance(module, PreTrainedModel) and not covered:
+            found[name] = module
+    if not found:
+        raise refuse(
+            "enable",
+            "model",
+            got=type(model).__name__,
+            needs="a transformers PreTrainedModel, or a wrapper of one",
+            way_out="Load it with AutoModelForCausalLM.from_pretrained.",
+        )
+    return list(found.values())
+
+
+def _check_version(package: str, oldest: str) -> None:
+    try:
+        found = import_module(package).__version__
+    except ImportError as e:
+        try:
+            reason = f"{version(package)}, which cannot be imported ({e})"
+        except PackageNotFoundError:
+            reason = "none"
+        raise refuse(
+            "register", package, got=reason, needs=f"{package} >= {oldest}", way_out=_upgrade(package, oldest)
+        ) from e
+    if _numbers(found) < _numbers(oldest):
+        raise refuse(
+            "register", package, got=found, needs=f"{package} >= {oldest}", way_out=_upgrade(package, oldest)
+        )
+
+
+def _upgrade(package: str, oldest: str) -> str:
+    return f"Install it with: pip install '{package}>={oldest}'."
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """(major, minor) of a version such as 2.13.0+cpu or 5.17.0.dev0."""
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in release.split(".")[:2])

@@ -1,0 +1,208 @@
+"""Which `Activation` an experts module computes: found by comparing numbers, again when they may change.
+
+Nothing here trusts a name. A module's gate (`_apply_gate`, or `act_fn` where there is no gate) and a row of
+`Activation` are evaluated, value and derivative, in fp64 on inputs that reach beyond every clamp. The row
+that equals the gate is the one that runs; a gate that no row equals is refused.
+
+Legend: P rows, F expert intermediate dim, G = 2F gated, else F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastexperts.activations import FUNCTIONS, Activation
+from fastexperts.errors import refuse
+
+TOLERANCE = 1e-6
+"""Of |row - gate| / (1 + |gate|): some gates compute in fp32, and our rows differ by 1e-4 or more."""
+
+WAY_OUT = "Use experts_implementation='grouped_mm' or 'eager' for this model."
+
+_QUICK_GELU_ALPHA = 1.702
+_USUAL_LIMITS = (7.0, 10.0)
+_ATTRIBUTE = "_fastexperts_checked_gate"
+_NUMBERS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class CheckedGate:
+    """The outcome of one comparison, kept on the module, and all that it depended on."""
+
+    activation: Activation
+    gate: Any
+    numbers: tuple[tuple[str, Any], ...]
+    others: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()  # a copied or unpickled module is compared again: identities do not travel
+
+
+def activation_of(module: Any) -> Activation:
+    """The `Activation` that equals the gate of `module`; raises FastexpertsError if there is none.
+
+    The comparison runs once per module and is repeated when an instance value (`limit`, `alpha`, ...),
+    `act_fn` or `_apply_gate` has changed. Under torch.compile it runs while tracing, outside the graph, and
+    the values it depends on become guards.
+    """
+    if not torch.compiler.is_compiling():
+        return checked_gate(module).activation
+    checked = _checked_gate_constant(module)
+    if _gate_function(module) is not checked.gate or any(
+        getattr(module, name) != value for name, value in checked.numbers
+    ):
+        raise refuse(
+            "fastexperts",
+            type(module).__name__,
+            got="a gate that changed while it was traced",
+            needs="fixed values",
+            way_out="Call fastexperts.enable(model) after the change and compile again.",
+        )
+    return checked.activation
+
+
+def checked_gate(module: Any) -> CheckedGate:
+    """The comparison of `module`, from the module if nothing that it depends on has changed."""
+    state = (_gate_function(module), _numbers(module), _others(module))
+    checked = module.__dict__.get(_ATTRIBUTE)
+    if checked is not None and (checked.gate, checked.numbers, checked.others) == state:
+        return checked
+    # A thread of its own: no dispatch mode, autocast, saved-tensor hook, default device or inference mode of
+    # the caller reaches it. Inside a checkpointed forward, what it saves would be counted as the model's.
+    with ThreadPoolExecutor(1) as pool:
+        activation = pool.submit(find_activation, module).result()
+    checked = CheckedGate(activation, *state)
+    module.__dict__[_ATTRIBUTE] = checked
+    return checked
+
+
+_checked_gate_constant = torch.compiler.assume_constant_result(checked_gate)
+
+
+def _gate_function(module: Any) -> Any:
+    if not module.has_gate:
+        return module.act_fn
+    return module.__dict__.get("_apply_gate", type(module)._apply_gate)
+
+
+def _numbers(module: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if isinstance(value, _NUMBERS) and name != "training"
+    )
+
+
+def _others(module: Any) -> tuple[Any, ...]:
+    act_fn = getattr(module, "act_fn", None)
+    inside = tuple(
+        (name, value)
+        for name, value in getattr(act_fn, "__dict__", {}).items()
+        if isinstance(value, (*_NUMBERS, FunctionType, MethodType)) and name != "training"
+    )
+    return act_fn, getattr(type(act_fn), "forward", None), inside
+
+
+def find_activation(module: Any) -> Activation:
+    """The first candidate row that equals the gate of `module` everywhere on the grid."""
+    gated, interleaved = module.has_gate, module.has_gate and not module.is_concatenated
+    function: Callable[[Tensor], Tensor] = module._apply_gate if gated else module.act_fn
+    name = f"{type(module).__name__}.{'_apply_gate' if gated else 'act_fn'}"
+    h_PG = _grid(gated, _values_named(module, "limit", "clamp"))
+    try:
+        a_PF, dh_PG = _value_and_derivative(function, h_PG, interleaved)
+    except Exception as e:
+        raise refuse(
+            "fastexperts",
+            name,
+            got=f"{type(e).__name__} ({e}) when it was evaluated in fp64 on the CPU",
+            needs="an elementwise function of gate and up",
+            way_out=WAY_OUT,
+        ) from e
+    closest: tuple[float, str] | None = None
+    for activation in _candidates(module):
+        deviation, where = _deviation(activation, h_PG, a_PF, dh_PG)
+        if deviation <= TOLERANCE:
+            return activation
+        if closest is None or deviation < closest[0]:
+            closest = deviation, f"the closest, {activation}, deviates by {where}"
+    raise refuse(
+        "fastexperts",
+        name,
+        got=f"a function that no Activation equals: {closest[1] if closest else 'there is no candidate'}",
+        needs=f"values and derivatives within {TOLERANCE} of one",
+        way_out=WAY_OUT,
+    )
+
+
+def _candidates(module: Any) -> Iterator[Activation]:
+    limits = [value for value in _values_named(module, "limit", "clamp") if value > 0]
+    alphas = [1.0, *_values_named(module, "alpha"), _QUICK_GELU_ALPHA]
+    shifts = (0.0, 1.0) if module.has_gate else (0.0,)
+    for fn, alpha, limit, shift in product(FUNCTIONS, dict.fromkeys(alphas), [math.inf, *limits], shifts):
+        if alpha == 1.0 or fn == "silu":
+            yield Activation(fn, module.has_gate, alpha, limit, shift)
+
+
+def _values_named(module: Any, *parts: str) -> list[float]:
+    return [
+        float(value)
+        for name, value in vars(module).items()
+        if any(part in name for part in parts)
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    ]
+
+
+def _grid(gated: bool, limits: list[float]) -> Tensor:
+    """h_PG in fp64: for a gated module every gate value (a row each) against every up value."""
+    near = [scale * limit for limit in (*_USUAL_LIMITS, *limits) for scale in (1 - 1e-3, 1, 1 + 1e-3, 2)]
+    positive = torch.tensor([1e-3, *near, 64.0, 256.0, 1000.0], dtype=torch.float64)
+    dense = torch.linspace(-30, 30, 61, dtype=torch.float64)  # the integers: clamps and kinks lie on them
+    fine = torch.linspace(-3.013, 3.019, 41, dtype=torch.float64)
+    values_F = torch.cat([dense, fine, positive, -positive]).unique()
+    if not gated:
+        return values_F[None]
+    gate_PF = values_F[:, None].expand(-1, values_F.numel())
+    return torch.cat([gate_PF, values_F.expand_as(gate_PF)], dim=1)
+
+
+def _value_and_derivative(
+    function: Callable[[Tensor], Tensor], h_PG: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """(a_PF, dh_PG) of an elementwise `function`, which reads h interleaved if it says so."""
+    h_PG = h_PG.clone().requires_grad_()
+    stored_PG = torch.stack(h_PG.chunk(2, dim=1), dim=-1).flatten(1) if interleaved else h_PG
+    a_PF = function(stored_PG)
+    parts = 2 if a_PF.shape[1] < h_PG.shape[1] else 1
+    if a_PF.shape != (h_PG.shape[0], h_PG.shape[1] // parts):
+        raise ValueError(f"shape {list(a_PF.shape)} from {list(h_PG.shape)}")
+    (dh_PG,) = torch.autograd.grad(a_PF.sum(), h_PG)
+    return a_PF.detach(), dh_PG
+
+
+def _deviation(activation: Activation, h_PG: Tensor, a_PF: Tensor, dh_PG: Tensor) -> tuple[float, str]:
+    """The largest deviation of `activation` from (a, dh), and where it is, in words."""
+    mine_PF, dmine_PG = activation.vjp(h_PG, torch.ones_like(a_PF))
+    worst = -1.0, ""
+    for what, mine, other in (("value", mine_PF, a_PF), ("derivative", dmine_PG, dh_PG)):
+        deviation = ((mine - other).abs() / (1 + other.abs())).nan_to_num(math.inf, math.inf)
+        row, column = divmod(int(deviation.argmax()), deviation.shape[1])
+        largest = deviation[row, column].item()
+        if largest > worst[0]:
+            dim_f = a_PF.shape[1]
+            inputs = [f"{h_PG[row, i].item():g}" for i in range(column % dim_f, h_PG.shape[1], dim_f)]
+            at = ", ".join(f"{part} {value}" for part, value in zip(("gate", "up"), inputs, strict=False))
+            gap = abs(mine[row, column].item() - other[row, column].item())
+            worst = largest, f"{gap:.3g} ({what}) at {at if activation.gated else f'input {inputs[0]}'}"
+    return worst

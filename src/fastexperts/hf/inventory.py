@@ -1,0 +1,138 @@
+"""What of a model `enable` can switch, what not, and why: a `Row` per module, and the `Summary` of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+    "num_experts_per_token",
+    "moe_top_k",
+)
+_MOE_CLASS = re.compile(r"(MoE|MoeBlock|SparseMoe\w*)$")
+_EXPERTS = re.compile(r"experts?(\d|\b|_|$)|Experts?(GLU|MLP|s|\b|$)")
+_NOT_ROUTED = re.compile(r"shared|router|gate\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One experts module of a model."""
+
+    name: str
+    cls: str
+    served: bool
+    activation: str = ""
+    experts: int | None = None
+    top_k: int | None = None
+    hidden: int | None = None
+    intermediate: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `enable` did, a row per module; `str()` draws the table, layers that agree on one line."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def served(self) -> tuple[Row, ...]:
+        """The rows that run on fastexperts."""
+        return tuple(row for row in self.rows if row.served)
+
+    @property
+    def not_served(self) -> tuple[Row, ...]:
+        """The rows that do not, each with its reason."""
+        return tuple(row for row in self.rows if not row.served)
+
+    def __str__(self) -> str:
+        header = ("modules", "name", "class", "activation", "experts", "top-k", "D", "F", "fastexperts")
+        table: list[tuple[str, ...]] = [header]
+        for (name, *cells), count in _merged(self.rows).items():
+            table.append((str(count), name, *cells))
+        widths = [max(len(line[i]) for line in table) for i in range(len(header) - 1)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
+            for line in table
+        )
+
+
+def _merged(rows: tuple[Row, ...]) -> dict[tuple[str, ...], int]:
+    """Lines of the table -> modules on it: rows that differ in their layer index alone share a line."""
+    count: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        dims = (row.experts, row.top_k, row.hidden, row.intermediate)
+        cells = tuple("-" if dim is None else str(dim) for dim in dims)
+        status = "yes" if row.served else f"no: {row.reason}"
+        line = (re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name), row.cls, row.activation or "-", *cells, status)
+        count[line] = count.get(line, 0) + 1
+    return count
+
+
+def in_interface(module: Any) -> bool:
+    """Whether transformers dispatches the forward of `module` through an experts interface."""
+    return "is_concatenated" in vars(module) and hasattr(type(module), "_apply_gate")
+
+
+def stored(module: Any, name: str) -> bool:
+    """Whether `module` has the parameter `name`, parametrized or not; never evaluates a parametrization."""
+    return module._parameters.get(name) is not None or name in getattr(module, "parametrizations", ())
+
+
+def row_of(name: str, module: Any, *, served: bool, activation: str = "", reason: str = "") -> Row:
+    """The row of an interface module, with the dims that its weights and its config tell."""
+    config = module.config
+    top_k = next(
+        (getattr(config, key) for key in _TOP_K_NAMES if isinstance(getattr(config, key, None), int)), None
+    )
+    experts = hidden = intermediate = None
+    down = module._parameters.get("down_proj")
+    if down is None and "down_proj" in getattr(module, "parametrizations", ()):
+        down = module.parametrizations["down_proj"].original
+    if down is not None and down.dim() == 3:
+        experts, hidden, intermediate = down.shape
+        if module.is_transposed:
+            hidden, intermediate = intermediate, hidden
+    return Row(name, type(module).__name__, served, activation, experts, top_k, hidden, intermediate, reason)
+
+
+def interface_modules(model: nn.Module) -> dict[str, Any]:
+    """name -> module, of the experts modules that transformers can switch."""
+    return {name: module for name, module in model.named_modules() if in_interface(module)}
+
+
+def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The topmost modules that look like routed experts and that transformers cannot switch.
+
+    A heuristic, since nothing marks them: a class or an attribute named for experts (not the shared ones), or
+    a class named for a mixture, that holds parameters and neither contains nor lies in an interface module.
+    """
+    inside = list(interface_modules(model))
+    found: list[str] = []
+    for name, module in model.named_modules():
+        attribute, cls = name.rpartition(".")[2], type(module).__name__
+        if not name or not (_EXPERTS.search(attribute) or _EXPERTS.search(cls) or _MOE_CLASS.search(cls)):
+            continue
+        if _NOT_ROUTED.search(attribute) or _NOT_ROUTED.search(cls):
+            continue
+        if any(_related(name, other) for other in inside) or any(_within(name, other) for other in found):
+            continue
+        if next(module.parameters(), None) is not None:
+            found.append(name)
+            yield name, module
+
+
+def _within(name: str, other: str) -> bool:
+    return name == other or name.startswith(other + ".")
+
+
+def _related(name: str, other: str) -> bool:
+    return _within(name, other) or _within(other, name)
