@@ -81,11 +81,19 @@ class Activation:
             )
         if not self.limit > 0:
             raise refuse(
-                "Activation", "limit", got=self.limit, needs="a positive number", way_out="Use inf for no clamp."
+                "Activation",
+                "limit",
+                got=self.limit,
+                needs="a positive number",
+                way_out="Use inf for no clamp.",
             )
         if self.alpha != 1.0 and self.fn != "silu":
             raise refuse(
-                "Activation", "alpha", got=self.alpha, needs=f"1.0 for {self.fn}", way_out="Only silu is scaled."
+                "Activation",
+                "alpha",
+                got=self.alpha,
+                needs=f"1.0 for {self.fn}",
+                way_out="Only silu is scaled.",
             )
 
     @property

@@ -30,14 +30,19 @@ def check_moe_mlp(
             raise _error(name, type(tensor).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
         if tensor.device != x_TD.device:
             raise _error(
-                name, f"device {tensor.device}", f"device {x_TD.device}, as x_TD", f"Move it with .to('{x_TD.device}')."
+                name,
+                f"device {tensor.device}",
+                f"device {x_TD.device}, as x_TD",
+                f"Move it with .to('{x_TD.device}').",
             )
     for name in ("x_TD", "weight_TK", "w1", "w2"):
         if tensors[name].dtype not in DTYPES:
             way_out = "Cast it with .to(torch.bfloat16); quantised weights are not served."
             raise _error(name, f"dtype {_short(tensors[name].dtype)}", f"one of {_NAMES}", way_out)
     if dtype not in DTYPES:
-        raise _error("dtype", _short(dtype), f"one of {_NAMES}", "Leave it out to compute in the dtype of x_TD.")
+        raise _error(
+            "dtype", _short(dtype), f"one of {_NAMES}", "Leave it out to compute in the dtype of x_TD."
+        )
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise _error("ids_TK", f"dtype {_short(ids_TK.dtype)}", "int64 or int32", "Cast it with .long().")
     for name in ("x_TD", "ids_TK", "weight_TK"):
@@ -62,13 +67,18 @@ def _check_shapes(
         raise _error("ids_TK", f"{ids_TK.shape[0]} tokens", f"{tokens}, as x_TD", "Route the same tokens.")
     if weight_TK.shape != ids_TK.shape:
         raise _error(
-            "weight_TK", f"shape {list(weight_TK.shape)}", f"{list(ids_TK.shape)}, as ids_TK", "Give a weight per id."
+            "weight_TK",
+            f"shape {list(weight_TK.shape)}",
+            f"{list(ids_TK.shape)}, as ids_TK",
+            "Give a weight per id.",
         )
     if num_experts == 0:
         raise _error("w2", "0 experts", "at least 1", "Pass the weights of the layer's experts.")
     top_k = ids_TK.shape[1]
     if top_k < 1 or (top_k > num_experts and not expert_parallel):
-        way_out = "Check the router's top-k; pass expert_parallel=True if w1 and w2 hold only this rank's experts."
+        way_out = (
+            "Check the router's top-k; pass expert_parallel=True if w1 and w2 hold only this rank's experts."
+        )
         raise _error("ids_TK", f"top-k {top_k}", f"1 to {num_experts} (the experts of w2)", way_out)
     if dim_out != dim_d:
         raise _error("w2", f"output dim {dim_out}", f"{dim_d}, the hidden dim of x_TD", _LAYOUT.format("w2"))
@@ -81,7 +91,6 @@ def _check_shapes(
 
 
 _LAYOUT = "Weights stored [E, in, out] go in as Weight({}, transposed=True)."
-
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -41,5 +41,7 @@ def allow_tma() -> bool:
 def _flag(name: str, *, default: bool) -> bool:
     value = os.environ.get(name, "1" if default else "0")
     if value not in ("0", "1"):
-        raise refuse("fastexperts", name, got=repr(value), needs="0 or 1", way_out="Unset it for the default.")
+        raise refuse(
+            "fastexperts", name, got=repr(value), needs="0 or 1", way_out="Unset it for the default."
+        )
     return value == "1"

@@ -1,0 +1,96 @@
+"""The ragged-contraction GEMM: dw[e] = A[rows of e]^T @ B[rows of e], the gradient of an expert's weight.
+
+Legend: see moe.py; M, N dims of one part of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastexperts.kernels import tiles
+from fastexperts.kernels.operands import accumulator, is_descriptor, operand, precision, processors
+
+
+@triton.jit
+def _load_rows(X, row0, end, col0, o_col, stride, BK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
+    """Block [BK, columns] of X from row0; MASK zeroes the rows behind `end`, which belong to another expert."""
+    o_r = row0 + tl.arange(0, BK)
+    if TMA:
+        x = X.load([row0, col0])
+        if MASK:
+            x = tl.where(o_r[:, None] < end, x, tl.zeros_like(x))
+        return x
+    p_x = X + o_r[:, None].to(tl.int64) * stride + o_col[None, :]
+    if MASK:
+        return tl.load(p_x, mask=o_r[:, None] < end, other=0.0)
+    return tl.load(p_x)
+
+
+@triton.jit
+def _grouped_dw(
+    A,  # descriptor or pointer: [P, C * M]
+    B,  # descriptor or pointer: [P, N]
+    p_out,  # (E, C, M, N), strided
+    p_offsets,  # [E + 1]
+    stride_a, stride_b, stride_oe, stride_oc, stride_om, stride_on, num_experts, parts, M, N,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,), persistent: each program owns every programs-th block [BM, BN] of one part of one expert.
+
+    The last, partial step of an expert is peeled: masking every step costs a tenth of the speed (H100).
+    """
+    num_m = tl.cdiv(M, BM)
+    num_n = tl.cdiv(N, BN)
+    per_expert = parts * num_m * num_n
+    for i_tile in tl.range(tl.program_id(0), num_experts * per_expert, tl.num_programs(0)):
+        i_e = i_tile // per_expert
+        i_cm, i_n = tl.swizzle2d(i_tile % per_expert // num_n, i_tile % num_n, parts * num_m, num_n, GROUP)
+        part = i_cm // num_m
+        m0 = i_cm % num_m * BM
+        n0 = i_n * BN
+        o_m = m0 + tl.arange(0, BM)
+        o_n = n0 + tl.arange(0, BN)
+        safe_m = part * M + tl.where(o_m < M, o_m, 0)
+        safe_n = tl.where(o_n < N, o_n, 0)
+        start = tl.load(p_offsets + i_e)
+        end = tl.load(p_offsets + i_e + 1)
+        full_end = start + (end - start) // BK * BK
+
+        acc = tl.zeros([BM, BN], ACC)
+        for row0 in range(start, full_end, BK):
+            a = _load_rows(A, row0, end, part * M + m0, safe_m, stride_a, BK, A_TMA, False)
+            b = _load_rows(B, row0, end, n0, safe_n, stride_b, BK, B_TMA, False)
+            acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        if full_end < end:
+            a = _load_rows(A, full_end, end, part * M + m0, safe_m, stride_a, BK, A_TMA, True)
+            b = _load_rows(B, full_end, end, n0, safe_n, stride_b, BK, B_TMA, True)
+            acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
+
+        p_block = p_out + i_e.to(tl.int64) * stride_oe + part * stride_oc
+        p_block += o_m[:, None].to(tl.int64) * stride_om + o_n[None, :] * stride_on
+        m_block = (o_m < M)[:, None] & (o_n < N)[None, :]
+        tl.store(p_block, acc.to(p_out.dtype.element_ty), mask=m_block)
+
+
+def grouped_dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
+    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of `like`."""
+    out_ECMN = torch.empty_like(like_ECMN)
+    num_experts, parts, dim_m, dim_n = out_ECMN.shape
+    if out_ECMN.numel() == 0:
+        return out_ECMN
+    tile = tiles.tile(rows_PM.device, rows_PM.dtype, "dw")
+    a_op = operand(rows_PM, [tile.k, tile.m], parts)
+    b_op = operand(rows_PN, [tile.k, tile.n])
+    num_tiles = num_experts * parts * triton.cdiv(dim_m, tile.m) * triton.cdiv(dim_n, tile.n)
+    programs = min(num_tiles, processors(rows_PM.device) * tile.programs_per_sm or num_tiles)
+    _grouped_dw[(programs,)](
+        a_op, b_op, out_ECMN, offsets_E1, rows_PM.stride(0), rows_PN.stride(0), *out_ECMN.stride(),
+        num_experts, parts, dim_m, dim_n, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group,
+        A_TMA=is_descriptor(a_op), B_TMA=is_descriptor(b_op), ACC=accumulator(rows_PM.dtype),
+        PRECISION=precision(rows_PM.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out_ECMN

@@ -1,0 +1,293 @@
+"""The row-tiled grouped GEMM: out[row] = A[row] @ W[expert of row]^T, with the layer's passes as its options.
+
+    pass  A                      W, as stored          epilogue
+    up    x[token of row]        w1 (E, C, F, D)       h = acc, a = act(h)
+    down  a                      w2 (E, 1, D, F)       y = acc
+    dh    dout of row            w2 (E, 1, D, F)^T     v = acc; dh, weight * a, dweight from h
+    dx    dh (C parts along K)   w1 (E, C, F, D)^T     dx = acc
+
+Legend: see moe.py; N output columns (of one part), K contraction (of one part), S tiles, NB column blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastexperts.activations import Activation
+from fastexperts.kernels import tiles
+from fastexperts.kernels.activation import act_forward, act_vjp, constants
+from fastexperts.kernels.combine import sum_dweight
+from fastexperts.kernels.operands import accumulator, is_descriptor, operand, precision, processors
+
+
+@triton.jit
+def _load_w(
+    W, i_e, part, n0, k0, o_n, K, stride_e, stride_c, stride_n, stride_k,
+    BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, KN: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Block [BK, BN] of one part of one expert; zero behind K. KN: W is stored with N last."""
+    if TMA:
+        if KN:
+            return W.load([i_e, part, k0, n0]).reshape(BK, BN)
+        return W.load([i_e, part, n0, k0]).reshape(BN, BK).T
+    o_k = k0 + tl.arange(0, BK)
+    p_w = W + i_e.to(tl.int64) * stride_e + part * stride_c
+    p_w += o_n[None, :] * stride_n + o_k[:, None] * stride_k
+    if EVEN_K:
+        return tl.load(p_w)
+    return tl.load(p_w, mask=o_k[:, None] < K, other=0.0)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _grouped_mm(
+    A,  # descriptor or pointer: [rows or T, PARTS_K * K]
+    W,  # descriptor or pointer: (E, C, N, K), or (E, C, K, N) with KN
+    p_out,  # [P, N]: y, a or weight * a
+    p_h,  # [P, C * N]: out of "act", in of "dact"
+    p_dh,  # [P, C * N]: out of "dact"
+    p_weight,  # [P] by pair
+    p_dweight,  # [NB, P] by row: partial sums
+    p_pair_of_row,  # [P]
+    p_offsets,  # [E + 1]
+    p_schedule,  # [S, 2]
+    stride_a, stride_we, stride_wc, stride_wn, stride_wk, N, K, num_rows,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS_K: tl.constexpr, KN: tl.constexpr,
+    EPILOGUE: tl.constexpr, STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr,
+    FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    A_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,), persistent: each program owns every programs-th output block [BM rows of one expert, BN].
+
+    EPILOGUE "act" with GATED computes the same block of both parts. Rows behind an expert's end are computed from
+    whatever lies there and not stored.
+    """
+    DUAL: tl.constexpr = EPILOGUE == "act" and GATED
+    WIDTH: tl.constexpr = 2 if GATED else 1
+    num_n = tl.cdiv(N, BN)
+    num_k = tl.cdiv(K, BK)
+    num_m = tl.load(p_schedule)
+    for i_tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
+        # GROUP row tiles walk the columns together, so that A and W blocks meet in L2
+        first_m = i_tile // (GROUP * num_n) * GROUP
+        size_m = tl.minimum(num_m - first_m, GROUP)
+        i_m = first_m + i_tile % (GROUP * num_n) % size_m
+        i_n = i_tile % (GROUP * num_n) // size_m
+        i_e = tl.load(p_schedule + 2 + 2 * i_m)
+        row0 = tl.load(p_schedule + 3 + 2 * i_m)
+        n0 = i_n * BN
+
+        o_m = row0 + tl.arange(0, BM)
+        m_m = o_m < tl.load(p_offsets + i_e + 1)
+        o_n = n0 + tl.arange(0, BN)
+        safe_n = tl.where(o_n < N, o_n, 0)
+        if GATHER:
+            token = tl.load(p_pair_of_row + o_m, mask=m_m, other=0) // TOP_K
+            p_a = A + token.to(tl.int64) * stride_a
+        elif not A_TMA:
+            p_a = A + tl.where(m_m, o_m, row0).to(tl.int64) * stride_a
+
+        acc = tl.zeros([BM, BN], ACC)
+        if DUAL:
+            acc_u = tl.zeros([BM, BN], ACC)
+        for i_k in range(num_k * PARTS_K):
+            part = i_k // num_k if PARTS_K > 1 else 0
+            k0 = (i_k - part * num_k) * BK
+            if A_TMA:
+                a = A.load([row0, part * K + k0])
+            else:
+                o_k = k0 + tl.arange(0, BK)
+                if EVEN_K:
+                    a = tl.load(p_a[:, None] + (part * K + o_k)[None, :])
+                else:
+                    a = tl.load(p_a[:, None] + (part * K + o_k)[None, :], mask=o_k[None, :] < K, other=0.0)
+            w = _load_w(
+                W,
+                i_e,
+                part,
+                n0,
+                k0,
+                safe_n,
+                K,
+                stride_we,
+                stride_wc,
+                stride_wn,
+                stride_wk,
+                BN,
+                BK,
+                W_TMA,
+                KN,
+                EVEN_K,
+            )
+            acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
+            if DUAL:
+                w_u = _load_w(
+                    W,
+                    i_e,
+                    1,
+                    n0,
+                    k0,
+                    safe_n,
+                    K,
+                    stride_we,
+                    stride_wc,
+                    stride_wn,
+                    stride_wk,
+                    BN,
+                    BK,
+                    W_TMA,
+                    KN,
+                    EVEN_K,
+                )
+                acc_u = tl.dot(a, w_u, acc_u, input_precision=PRECISION, out_dtype=ACC)
+
+        m_out = m_m[:, None] & (o_n < N)[None, :]
+        o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
+        o_h = o_m[:, None].to(tl.int64) * (WIDTH * N) + o_n[None, :]
+        dtype = p_out.dtype.element_ty
+        if EPILOGUE == "none":
+            tl.store(p_out + o_out, acc.to(dtype), mask=m_out)
+        elif EPILOGUE == "act":
+            if STORE_H:
+                tl.store(p_h + o_h, acc.to(dtype), mask=m_out)
+            if DUAL:
+                if STORE_H:
+                    tl.store(p_h + o_h + N, acc_u.to(dtype), mask=m_out)
+                act = act_forward(acc, acc_u, FN, GATED, ALPHA, LIMIT, UP_SHIFT)
+            else:
+                act = act_forward(acc, acc, FN, GATED, ALPHA, LIMIT, UP_SHIFT)
+            tl.store(p_out + o_out, act.to(dtype), mask=m_out)
+        else:
+            pair = tl.load(p_pair_of_row + o_m, mask=m_m, other=0)
+            weight = tl.load(p_weight + pair, mask=m_m, other=0.0).to(ACC)[:, None]
+            g = tl.load(p_h + o_h, mask=m_out, other=0.0).to(ACC)
+            u = g
+            if GATED:
+                u = tl.load(p_h + o_h + N, mask=m_out, other=0.0).to(ACC)
+            act, dg, du = act_vjp(g, u, acc * weight, FN, GATED, ALPHA, LIMIT, UP_SHIFT)
+            if STORE_DWEIGHT:
+                partial = tl.sum(tl.where(m_out, acc * act, 0.0), 1)
+                tl.store(p_dweight + i_n.to(tl.int64) * num_rows + o_m, partial, mask=m_m)
+            if STORE_OUT:
+                tl.store(p_out + o_out, (act * weight).to(dtype), mask=m_out)
+            if STORE_H:
+                tl.store(p_dh + o_h, dg.to(dtype), mask=m_out)
+                if GATED:
+                    tl.store(p_dh + o_h + N, du.to(dtype), mask=m_out)
+
+
+def _launch(
+    name: str,
+    a: Tensor,
+    w_EC__: Tensor,
+    out_PN: Tensor,
+    offsets_E1: Tensor,
+    schedule_S2: Tensor,
+    *,
+    kn: bool,
+    epilogue: str = "none",
+    gather: tuple[Tensor, int] | None = None,
+    activation: Activation | None = None,
+    **pointers: Any,
+) -> None:
+    """Launch pass `name`: operands as descriptors where possible, the tile of tiles.py, one program per SM or tile."""
+    tile = tiles.tile(a.device, a.dtype, name)
+    rows = a.shape[0] if gather is None else gather[0].shape[0]
+    _, parts, *dims = w_EC__.shape
+    dim_k, dim_n = dims if kn else dims[::-1]
+    parts_k = parts if kn else 1
+    if rows == 0 or dim_n == 0:
+        return
+    a = a if a.stride(1) == 1 else a.contiguous()
+    a_op = a if gather else operand(a, [tile.m, tile.k], parts_k)
+    w_op = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, 1, tile.n, tile.k])
+    stride_e, stride_c, *inner = w_EC__.stride()
+    stride_k, stride_n = inner if kn else inner[::-1]
+    num_tiles = (schedule_S2.shape[0] - 1) * triton.cdiv(dim_n, tile.n)
+    programs = min(num_tiles, processors(a.device) * tile.programs_per_sm or num_tiles)
+    pair_of_row_P, top_k = gather or (pointers.pop("pair_of_row_P", offsets_E1), 1)
+    _grouped_mm[(programs,)](
+        a_op, w_op, out_PN, pointers.pop("h_PG", out_PN), pointers.pop("dh_PG", out_PN),
+        pointers.pop("weight_TK", out_PN), pointers.pop("partial_NP", out_PN), pair_of_row_P, offsets_E1,
+        schedule_S2, a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k, rows,
+        TOP_K=top_k, GATHER=gather is not None, PARTS_K=parts_k, KN=kn, EPILOGUE=epilogue,
+        STORE_H=pointers.pop("store_h", False), STORE_OUT=pointers.pop("store_out", True),
+        STORE_DWEIGHT=pointers.pop("store_dweight", False), **constants(activation or Activation("silu", gated=False)),
+        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten,
+        A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0,
+        ACC=accumulator(a.dtype), PRECISION=precision(a.dtype), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def up(
+    x_TD: Tensor,
+    w1_ECFD: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    schedule_S2: Tensor,
+    top_k: int,
+    act: str,
+    params: list[float],
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """See ops.up."""
+    rows, (_, parts, dim_f, _) = pair_of_row_P.shape[0], w1_ECFD.shape
+    h_PG, a_PF = x_TD.new_empty((rows if keep_h else 0, parts * dim_f)), x_TD.new_empty((rows, dim_f))
+    activation = Activation.of(act, parts == 2, params)
+    _launch(
+        "up", x_TD, w1_ECFD, a_PF, offsets_E1, schedule_S2, kn=False, epilogue="act",
+        gather=(pair_of_row_P, top_k), activation=activation, h_PG=h_PG, store_h=keep_h,
+    )  # fmt: skip
+    return h_PG, a_PF
+
+
+def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+    """See ops.down."""
+    y_PD = a_PF.new_empty((a_PF.shape[0], w2_EDF.shape[1]))
+    _launch("down", a_PF, w2_EDF[:, None], y_PD, offsets_E1, schedule_S2, kn=False)
+    return y_PD
+
+
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+    """See ops.dx."""
+    dx_PD = dh_PG.new_empty((dh_PG.shape[0], w1_ECFD.shape[3]))
+    _launch("dx", dh_PG, w1_ECFD, dx_PD, offsets_E1, schedule_S2, kn=True)
+    return dx_PD
+
+
+def dh(
+    dout_PD: Tensor,
+    w2_EDF: Tensor,
+    h_PG: Tensor,
+    weight_TK: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    schedule_S2: Tensor,
+    act: str,
+    params: list[float],
+    need_dh: bool,
+    need_wa: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.dh."""
+    (rows, dim_g), dim_f = h_PG.shape, w2_EDF.shape[2]
+    activation = Activation.of(act, dim_g == 2 * dim_f, params)
+    wa_PF = h_PG.new_empty((rows if need_wa else 0, dim_f))
+    dh_PG = h_PG.new_empty((rows if need_dh else 0, dim_g))
+    wide = torch.float64 if h_PG.dtype == torch.float64 else torch.float32
+    blocks = triton.cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
+    partial_NP = torch.empty((blocks if need_dweight else 0, rows), dtype=wide, device=h_PG.device)
+    _launch(
+        "dh", dout_PD, w2_EDF[:, None], wa_PF, offsets_E1, schedule_S2, kn=True,
+        epilogue="dact", activation=activation, pair_of_row_P=pair_of_row_P, h_PG=h_PG, dh_PG=dh_PG,
+        weight_TK=weight_TK.contiguous(), partial_NP=partial_NP, store_h=need_dh, store_out=need_wa,
+        store_dweight=need_dweight,
+    )  # fmt: skip
+    dweight_TK = sum_dweight(partial_NP, row_of_pair_P, weight_TK) if need_dweight else weight_TK[:0].clone()
+    return dh_PG, wa_PF, dweight_TK

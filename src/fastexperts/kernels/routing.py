@@ -1,0 +1,133 @@
+"""Routing on the device: count, scan, stable placement, in three launches and without atomics.
+
+Legend: P pairs, E experts, S tiles of the schedule, B blocks of `BLOCK` pairs. See routing.Routing for the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastexperts.routing import schedule_length
+
+BLOCK = 256  # pairs per program: ranks inside a block cost BLOCK^2 comparisons
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def _count(
+    p_ids,  # [P] expert ids
+    p_count,  # [B, E] out: pairs of the block per expert
+    num_pairs,
+    num_experts,
+    BLOCK: tl.constexpr,
+    E2: tl.constexpr,
+):
+    """Grid (B,): one program counts the experts of one block of pairs."""
+    i_b = tl.program_id(0)
+    o_p = i_b * BLOCK + tl.arange(0, BLOCK)
+    id_ = tl.load(p_ids + o_p, mask=o_p < num_pairs, other=-1)
+    valid = (id_ >= 0) & (id_ < num_experts)
+    o_e = tl.arange(0, E2)
+    count = tl.histogram(tl.where(valid, id_, E2).to(tl.int32), E2, mask=valid)
+    tl.store(p_count + i_b * num_experts + o_e, count, mask=o_e < num_experts)
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _scan(
+    p_count,  # [B, E] in: counts; out: pairs of the expert in earlier blocks
+    p_total,  # [E] out
+    num_blocks,
+    num_experts,
+    CHUNK: tl.constexpr,
+):
+    """Grid (E,): one program scans one expert's counts over the blocks."""
+    i_e = tl.program_id(0)
+    total = tl.zeros([], tl.int32)
+    for start in range(0, num_blocks, CHUNK):
+        o_b = start + tl.arange(0, CHUNK)
+        p_chunk = p_count + o_b.to(tl.int64) * num_experts + i_e
+        count = tl.load(p_chunk, mask=o_b < num_blocks, other=0)
+        tl.store(p_chunk, total + tl.cumsum(count, 0) - count, mask=o_b < num_blocks)
+        total += tl.sum(count, 0)
+    tl.store(p_total + i_e, total)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
+def _place(
+    p_ids,  # [P]
+    p_count,  # [B, E] pairs of the expert in earlier blocks
+    p_total,  # [E]
+    p_row_of_pair,  # [P] out
+    p_pair_of_row,  # [P] out
+    p_offsets,  # [E + 1] out
+    p_schedule,  # [S, 2] out
+    num_pairs,
+    num_experts,
+    num_tiles,
+    BLOCK: tl.constexpr,
+    E2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Grid (B,): one program places one block of pairs and writes every B-th tile of the schedule."""
+    i_b = tl.program_id(0)
+    o_e = tl.arange(0, E2)
+    total = tl.load(p_total + o_e, mask=o_e < num_experts, other=0)
+    end = tl.cumsum(total, 0)
+    tiles = (total + BLOCK_M - 1) // BLOCK_M
+    tiles_end = tl.cumsum(tiles, 0)
+    rows = tl.sum(total, 0)
+    if i_b == 0:
+        tl.store(p_offsets + o_e + 1, end, mask=o_e < num_experts)
+        tl.store(p_offsets, 0)
+        tl.store(p_schedule, tl.sum(tiles, 0))
+        tl.store(p_schedule + 1, BLOCK_M)
+
+    o_p = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_p = o_p < num_pairs
+    id_ = tl.load(p_ids + o_p, mask=m_p, other=-1).to(tl.int32)
+    valid = (id_ >= 0) & (id_ < num_experts)
+    # pairs without an expert form one more group behind the last row; its earlier members are what is not counted
+    group = tl.where(valid, id_, num_experts)
+    earlier = (group[None, :] == group[:, None]) & (o_p[None, :] < o_p[:, None])
+    rank = tl.sum(earlier.to(tl.int32), 1)
+    counted = tl.load(p_count + i_b * num_experts + o_e, mask=o_e < num_experts, other=0)
+    base = tl.gather(end - total + counted, tl.where(valid, id_, 0), 0)
+    base_invalid = rows + i_b * BLOCK - tl.sum(counted, 0)
+    row = tl.where(valid, base, base_invalid) + rank
+    tl.store(p_row_of_pair + o_p, tl.where(valid, row, -1), mask=m_p)
+    tl.store(p_pair_of_row + row, tl.where(valid, o_p, -1), mask=m_p)
+
+    for i_t in range(i_b, num_tiles, tl.num_programs(0)):
+        before = tiles_end <= i_t
+        expert = tl.minimum(tl.sum(before.to(tl.int32), 0), num_experts - 1)
+        first_tile = tl.sum(tl.where(before, tiles, 0), 0)
+        first_row = tl.sum(tl.where(o_e < expert, total, 0), 0)
+        tl.store(p_schedule + 2 + 2 * i_t, expert)
+        tl.store(p_schedule + 3 + 2 * i_t, first_row + (i_t - first_tile) * BLOCK_M)
+
+
+def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the three; see ops.route."""
+    ids_P = ids_TK.reshape(-1)
+    num_pairs = ids_P.numel()
+    num_blocks = triton.cdiv(num_pairs, BLOCK)
+    length = schedule_length(num_pairs, num_experts, block_m)
+    new = {"dtype": torch.int32, "device": ids_TK.device}
+    if num_pairs == 0:
+        empty = torch.empty(0, **new)
+        schedule_S2 = torch.tensor([[0, block_m]], **new)
+        return empty, empty.clone(), torch.zeros(num_experts + 1, **new), schedule_S2
+    count_BE = torch.empty((num_blocks, num_experts), **new)
+    total_E = torch.empty(num_experts, **new)
+    row_of_pair_P, pair_of_row_P = torch.empty(num_pairs, **new), torch.empty(num_pairs, **new)
+    offsets_E1, schedule_S2 = torch.empty(num_experts + 1, **new), torch.empty((length, 2), **new)
+    padded = max(16, triton.next_power_of_2(num_experts))
+    _count[(num_blocks,)](ids_P, count_BE, num_pairs, num_experts, BLOCK=BLOCK, E2=padded)
+    _scan[(num_experts,)](count_BE, total_E, num_blocks, num_experts, CHUNK=512)
+    _place[(num_blocks,)](
+        ids_P, count_BE, total_E, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2,
+        num_pairs, num_experts, length - 1, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m, num_warps=8,
+    )  # fmt: skip
+    return row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2

@@ -1,0 +1,78 @@
+"""Tile choices as data, keyed by (architecture, pass, bytes per element). Nothing is tuned at run time.
+
+A developer's benchmark fills the table (benchmarks/layer.py --tiles). `m` of the row-tiled passes is fixed per
+(architecture, bytes): the schedule of a routing is made for it, and a token's result does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PASSES = ("up", "down", "dh", "dx", "dw")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's block [m, n] of the output, `k` of the contraction a step; `group` row tiles share L2."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 8
+    stages: int = 4
+    group: int = 8
+    programs_per_sm: int = 1
+    flatten: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("m", "n", "k", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"Tile: `{name}` got {value}; it needs a power of two. Round it.")
+
+
+def _small(m: int) -> dict[str, Tile]:
+    return dict.fromkeys(PASSES, Tile(m, m, 32, warps=4, stages=2))
+
+
+TABLE: dict[tuple[str, int], dict[str, Tile]] = {
+    ("sm90", 2): {
+        "up": Tile(128, 128, 64),
+        "down": Tile(128, 256, 64, stages=3),
+        "dh": Tile(128, 128, 64),
+        "dx": Tile(128, 256, 64, stages=3),
+        "dw": Tile(128, 256, 64, stages=3),
+    },
+    ("sm80", 2): {
+        "up": Tile(128, 64, 64, stages=3),
+        "down": Tile(128, 128, 64, stages=3),
+        "dh": Tile(128, 128, 32, stages=3),
+        "dx": Tile(128, 128, 64, stages=3),
+        "dw": Tile(128, 128, 32, stages=3),
+    },
+    ("gpu", 4): _small(64),
+    ("gpu", 8): _small(16),
+    ("interpreter", 2): _small(32),
+    ("interpreter", 4): _small(32),
+    ("interpreter", 8): _small(32),
+}
+
+
+def tile(device: torch.device, dtype: torch.dtype, name: str) -> Tile:
+    """The tile of pass `name` (one of `PASSES`) for tensors of `dtype` on `device`."""
+    return TABLE[_key(device, dtype)][name]
+
+
+def block_m(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows per tile, the same for every row-tiled pass."""
+    return tile(device, dtype, "up").m
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
+    if device.type == "cpu":
+        return "interpreter", dtype.itemsize
+    if dtype.itemsize > 2:
+        return "gpu", dtype.itemsize
+    return ("sm90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm80"), 2
