@@ -1,0 +1,1 @@
+"""Metrics of training runs: what the router does with its experts."""

@@ -1,0 +1,142 @@
+"""The model and tokenizer of a recipe: a checkpoint, or a small architecture from scratch."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from fastexperts.errors import refuse
+from fastexperts.hf.experts import NAME, register
+from fastexperts.train.recipe import ModelSettings
+from fastexperts.train.tokenizer import byte_tokenizer
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+# Named small architectures: (transformers' model_type, settings).
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny-qwen3-moe": (
+        "qwen3_moe",
+        _COMMON
+        | {
+            "head_dim": 32,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+        },
+    ),
+    "tiny-mixtral": (
+        "mixtral",
+        _COMMON | {"intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "tiny-deepseek-v3": (
+        "deepseek_v3",
+        _COMMON
+        | {
+            "num_key_value_heads": 4,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 48,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+        },
+    ),
+}
+
+
+def load_tokenizer(settings: ModelSettings) -> Any:
+    """The recipe's tokenizer: the one it names, else the checkpoint's, else bytes."""
+    source = settings.tokenizer or settings.path
+    if source is None:
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        name = "model.tokenizer" if settings.tokenizer else "model.path"
+        raise _not_loadable(name, source, "a folder or hub name with a tokenizer", error) from error
+
+
+def load_model(settings: ModelSettings, tokenizer: Any, dtype: Any, seed: int) -> Any:
+    """The recipe's model, on the CPU, with fastexperts selected; from scratch it depends on `seed` alone.
+
+    Raises FastexpertsError for a model that cannot be found or that transformers cannot build.
+    """
+    from transformers import AutoModelForCausalLM, set_seed
+
+    register()
+    options = {"dtype": dtype, "attn_implementation": settings.attention, "experts_implementation": NAME}
+    if settings.config is not None:
+        set_seed(seed)
+        config = tiny_config(settings.config, settings.overrides, tokenizer)
+        return AutoModelForCausalLM.from_config(config, **options)
+    path = str(settings.path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        needs = "a folder or hub name with a causal language model"
+        raise _not_loadable("model.path", path, needs, error) from error
+
+
+def tiny_config(name: str, overrides: dict[str, Any], tokenizer: Any) -> Any:
+    """The named small config with `overrides`; each must be a setting that the architecture has."""
+    from transformers import AutoConfig
+
+    model_type, settings = CONFIGS[name]
+    known = AutoConfig.for_model(model_type).to_dict()
+    for key in overrides:
+        if key not in known:
+            match = difflib.get_close_matches(key, known, n=1)
+            way_out = (
+                f"Did you mean `{match[0]}`?" if match else f"{model_type}'s config has no such setting."
+            )
+            raise refuse(
+                "recipe",
+                f"model.overrides.{key}",
+                got="an unknown setting",
+                needs="a known one",
+                way_out=way_out,
+            )
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return AutoConfig.for_model(model_type, **(settings | special | overrides))
+    except (ValueError, TypeError) as error:
+        raise refuse(
+            "recipe", "model.overrides", got=overrides, needs=f"what {model_type} accepts", way_out=str(error)
+        ) from error
+
+
+def _not_loadable(name: str, source: str, needs: str, error: Exception) -> Exception:
+    local = Path(source).is_absolute() or source.startswith((".", "~"))
+    if local and not Path(source).is_dir():
+        got, way_out = (
+            f"{source!r}, which is no folder",
+            "Correct the path; it starts at the recipe's folder.",
+        )
+    else:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        got = f"{source!r}, which transformers cannot load ({first_line})"
+        way_out = "Check the name, the files in it, and the network if it is on the hub."
+    return refuse("recipe", name, got=got, needs=needs, way_out=way_out)

@@ -1,0 +1,249 @@
+"""A recipe's training run: TRL's SFTTrainer trains; here is what goes into it and what is kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.hf.experts import enable
+from fastexperts.metrics.routing_health import ExpertLoad
+from fastexperts.train.data import check_isolation, load_documents
+from fastexperts.train.models import load_model, load_tokenizer
+from fastexperts.train.recipe import Recipe, TrainingSettings
+from fastexperts.train.resume import fix_resume
+from fastexperts.train.rundir import open_run
+
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run."""
+
+    trainer: Any
+    """TRL's trainer, as `train` left it: model, optimizer, `state.log_history`."""
+    load_LE: torch.Tensor
+    """Routed tokens per layer and expert, of all processes, since this process started or resumed."""
+    folder: Path
+    """The run's folder: `recipe.yaml`, `checkpoint-<step>` and the trained `model`."""
+
+    @property
+    def model_folder(self) -> Path:
+        """The trained model and its tokenizer, as `save_pretrained` writes them."""
+        return self.folder / MODEL_FOLDER
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, training loss) of each log."""
+        return [(entry["step"], entry["loss"]) for entry in self.trainer.state.log_history if "loss" in entry]
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[Any] = (),
+) -> TrainResult:
+    """Train as the recipe says, in this process or as one rank of `accelerate launch` or `torchrun`.
+
+    Args:
+        recipe: what `load_recipe` gives.
+        resume: continue the run in `recipe.output_dir` from its last complete checkpoint, bitwise as if it
+            had not stopped. Otherwise the folder has to be new or empty.
+        console: where the first rank prints.
+        callbacks: more of transformers' TrainerCallbacks.
+
+    Raises FastexpertsError for whatever cannot be served as asked.
+    """
+    trainer, checkpoint, console = _prepare(recipe, resume, console or Console(), callbacks)
+    with ExitStack() as stack:
+        load = stack.enter_context(ExpertLoad(trainer.model))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    load_LE = trainer.accelerator.reduce(load.counts().to(trainer.args.device), reduction="sum").cpu()
+    folder = Path(recipe.output_dir)
+    trainer.save_model(str(folder / MODEL_FOLDER))
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(trainer, load_LE, folder)
+
+
+def _prepare(
+    recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[Any]
+) -> tuple[Any, Path | None, Console]:
+    """The trainer, ready to train, and the checkpoint to start from; the run's folder is claimed last."""
+    arguments = sft_config(recipe)
+    if arguments.process_index != 0:
+        console = Console(quiet=True)
+    tokenizer = load_tokenizer(recipe.model)
+    documents = load_documents(recipe.data, recipe.training.seed)
+    if documents.column == "messages" and tokenizer.chat_template is None:
+        raise refuse(
+            "recipe",
+            "model.tokenizer",
+            got="a tokenizer without a chat template, for chat messages",
+            needs="one with a chat template",
+            way_out="Name the tokenizer of an instruction-tuned model in `model.tokenizer`.",
+        )
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
+    summary = enable(model, verbose=False)
+    console.print(str(summary), highlight=False)
+
+    checkpoint, notes = _agree(
+        lambda: open_run(recipe, resume=resume, world_size=arguments.world_size), arguments
+    )
+    for note in notes:
+        console.print(note, highlight=False)
+    trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks)
+    if recipe.data.packing:
+        _prove_isolation(trainer, console)
+    return trainer, checkpoint, console
+
+
+def make_trainer(
+    arguments: Any,
+    model: Any,
+    tokenizer: Any,
+    documents: Any,
+    console: Console,
+    callbacks: Sequence[Any] = (),
+) -> Any:
+    """TRL's SFTTrainer over checked documents, with our progress bar and our resume."""
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    from fastexperts.train.progress import RichProgress
+
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=documents.train,
+            eval_dataset=documents.evaluation,
+            callbacks=[RichProgress(console), *callbacks],
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    if len(trainer.train_dataset) == 0:
+        raise refuse(
+            "train",
+            "data",
+            got="no sequence to learn from once tokenized",
+            needs="some",
+            way_out="Give more text, or a larger `data.max_length`.",
+        )
+    return fix_resume(trainer)
+
+
+def sft_config(recipe: Recipe) -> Any:
+    """The recipe as TRL's SFTConfig; what the recipe does not say keeps TRL's default."""
+    from trl import SFTConfig
+
+    settings, data = recipe.training, recipe.data
+    evaluates = data.eval_fraction > 0
+    reports: list[str] = (
+        [settings.report_to] if isinstance(settings.report_to, str) else list(settings.report_to)
+    )
+    _check_installed(reports)
+    return SFTConfig(
+        output_dir=recipe.output_dir,
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim=settings.optimizer,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=_autocasts(settings),
+        router_aux_loss_coef=settings.router_aux_loss_coef,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        save_steps=settings.save_steps,
+        save_total_limit=settings.keep_checkpoints,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.eval_steps if evaluates else None,
+        report_to=reports,
+        disable_tqdm=True,
+        max_length=data.max_length,
+        packing=data.packing,
+        # TRL's default strategy drops what is longer than max_length; this one cuts it in pieces.
+        packing_strategy="bfd_split",
+        assistant_only_loss=data.assistant_only_loss,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataset_text_field="text",
+    )
+
+
+def _autocasts(settings: TrainingSettings) -> bool:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and settings.precision != "fp32" and not torch.cuda.is_bf16_supported():
+        raise refuse(
+            "recipe",
+            "training.precision",
+            got=f"{settings.precision!r} on {torch.cuda.get_device_name()}, which has no bf16",
+            needs="a GPU with bf16 (compute capability 8.0 or newer), or fp32",
+            way_out="Set `training.precision: fp32`.",
+        )
+    return settings.precision == "bf16_autocast" or (settings.precision == "auto" and on_gpu)
+
+
+def _check_installed(reports: list[str]) -> None:
+    from importlib.util import find_spec
+
+    for name in reports:
+        if (
+            name != "none"
+            and find_spec(name) is None
+            and not (name == "tensorboard" and find_spec("tensorboardX"))
+        ):
+            raise refuse(
+                "recipe",
+                "training.report_to",
+                got=f"{name!r}, which is not installed",
+                needs="an installed tracker",
+                way_out=f"pip install {name}, or set it to none.",
+            )
+
+
+def _agree(open_on_first_rank: Any, arguments: Any) -> Any:
+    """Run once, on the first rank, before anybody writes; every rank gets its result or raises its error."""
+    outcome: list[Any] = [None, None]
+    if arguments.process_index == 0:
+        try:
+            outcome[0] = open_on_first_rank()
+        except FastexpertsError as error:
+            outcome[1] = str(error)
+    if arguments.world_size > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise FastexpertsError(outcome[1])
+    return outcome[0]
+
+
+def _prove_isolation(trainer: Any, console: Console) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        console.print("Packing: isolation of documents is not checked under FSDP or DeepSpeed.")
+        return
+    with trainer.accelerator.autocast():
+        difference = check_isolation(
+            trainer.model, trainer.model.config.get_text_config().vocab_size, trainer.model
+        )
+    console.print(f"Packing: documents are isolated (a neighbour moves logits by {difference:.1e}).")
