@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 from types import FunctionType, MethodType
 from typing import Any
@@ -31,17 +31,15 @@ WAY_OUT = "Use experts_implementation='grouped_mm' or 'eager' for this model."
 _QUICK_GELU_ALPHA = 1.702
 _USUAL_LIMITS = (7.0, 10.0)
 _ATTRIBUTE = "_fastexperts_checked_gate"
-_NUMBERS = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), FunctionType, MethodType)
 
 
 @dataclass(frozen=True)
 class CheckedGate:
-    """The outcome of one comparison, kept on the module, and all that it depended on."""
+    """The outcome of one comparison, kept on the module, and the state of the module that it holds for."""
 
     activation: Activation
-    gate: Any
-    numbers: tuple[tuple[str, Any], ...]
-    others: tuple[Any, ...]
+    state: tuple[Any, ...]
 
     def __reduce__(self) -> tuple[type, tuple]:
         return type(None), ()  # a copied or unpickled module is compared again: identities do not travel
@@ -52,74 +50,64 @@ def activation_of(module: Any) -> Activation:
 
     The comparison runs once per module and is repeated when an instance value (`limit`, `alpha`, ...),
     `act_fn` or `_apply_gate` has changed. Under torch.compile it runs while tracing, outside the graph, and
-    the values it depends on become guards.
+    what the gate reads becomes a guard.
     """
     if not torch.compiler.is_compiling():
         return checked_gate(module).activation
-    checked = _checked_gate_constant(module)
-    if _gate_function(module) is not checked.gate or any(
-        getattr(module, name) != value for name, value in checked.numbers
-    ):
-        raise refuse(
-            "fastexperts",
-            type(module).__name__,
-            got="a gate that changed while it was traced",
-            needs="fixed values",
-            way_out="Call fastexperts.enable(model) after the change and compile again.",
-        )
-    return checked.activation
+    fields = _fields_constant(module)
+    # The gate is traced on no rows, for the guards alone: when a value that it reads changes, this is
+    # compiled, and so compared, again. Nothing uses the result, so it leaves the graph as dead code.
+    _gate_function(module)(torch.empty(0, 4))
+    return Activation(*fields)
 
 
 def checked_gate(module: Any) -> CheckedGate:
     """The comparison of `module`, from the module if nothing that it depends on has changed."""
-    state = (_gate_function(module), _numbers(module), _others(module))
+    state = _state(module)
     checked = module.__dict__.get(_ATTRIBUTE)
-    if checked is not None and (checked.gate, checked.numbers, checked.others) == state:
+    if checked is not None and checked.state == state:
         return checked
     # A thread of its own: no dispatch mode, autocast, saved-tensor hook, default device or inference mode of
     # the caller reaches it. Inside a checkpointed forward, what it saves would be counted as the model's.
     with ThreadPoolExecutor(1) as pool:
         activation = pool.submit(find_activation, module).result()
-    checked = CheckedGate(activation, *state)
+    checked = CheckedGate(activation, state)
     module.__dict__[_ATTRIBUTE] = checked
     return checked
 
 
-_checked_gate_constant = torch.compiler.assume_constant_result(checked_gate)
+@torch.compiler.assume_constant_result
+def _fields_constant(module: Any) -> tuple[str, bool, float, float, float]:
+    """The fields of the activation: torch.compile builds an `Activation`, but takes none as a constant."""
+    return astuple(checked_gate(module).activation)
 
 
-def _gate_function(module: Any) -> Any:
-    if not module.has_gate:
-        return module.act_fn
-    return module.__dict__.get("_apply_gate", type(module)._apply_gate)
+def _gate_function(module: Any) -> Callable[[Tensor], Tensor]:
+    return module._apply_gate if module.has_gate else module.act_fn
 
 
-def _numbers(module: Any) -> tuple[tuple[str, Any], ...]:
+def _state(module: Any) -> tuple[Any, ...]:
+    """What the gate can depend on: its function, `act_fn`, and the plain values and functions of both."""
+    act_fn = getattr(module, "act_fn", None)
+    functions = getattr(type(module), "_apply_gate", None), getattr(type(act_fn), "forward", None)
+    return act_fn, functions, _plain_values(module), _plain_values(act_fn)
+
+
+def _plain_values(instance: object) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (name, value)
-        for name, value in module.__dict__.items()
-        if isinstance(value, _NUMBERS) and name != "training"
+        for name, value in getattr(instance, "__dict__", {}).items()
+        if isinstance(value, _PLAIN) and name != "training"
     )
-
-
-def _others(module: Any) -> tuple[Any, ...]:
-    act_fn = getattr(module, "act_fn", None)
-    inside = tuple(
-        (name, value)
-        for name, value in getattr(act_fn, "__dict__", {}).items()
-        if isinstance(value, (*_NUMBERS, FunctionType, MethodType)) and name != "training"
-    )
-    return act_fn, getattr(type(act_fn), "forward", None), inside
 
 
 def find_activation(module: Any) -> Activation:
     """The first candidate row that equals the gate of `module` everywhere on the grid."""
     gated, interleaved = module.has_gate, module.has_gate and not module.is_concatenated
-    function: Callable[[Tensor], Tensor] = module._apply_gate if gated else module.act_fn
     name = f"{type(module).__name__}.{'_apply_gate' if gated else 'act_fn'}"
     h_PG = _grid(gated, _values_named(module, "limit", "clamp"))
     try:
-        a_PF, dh_PG = _value_and_derivative(function, h_PG, interleaved)
+        a_PF, dh_PG = _value_and_derivative(_gate_function(module), h_PG, 2 if gated else 1, interleaved)
     except Exception as e:
         raise refuse(
             "fastexperts",
@@ -178,13 +166,12 @@ def _grid(gated: bool, limits: list[float]) -> Tensor:
 
 
 def _value_and_derivative(
-    function: Callable[[Tensor], Tensor], h_PG: Tensor, interleaved: bool
+    function: Callable[[Tensor], Tensor], h_PG: Tensor, parts: int, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """(a_PF, dh_PG) of an elementwise `function`, which reads h interleaved if it says so."""
     h_PG = h_PG.clone().requires_grad_()
     stored_PG = torch.stack(h_PG.chunk(2, dim=1), dim=-1).flatten(1) if interleaved else h_PG
     a_PF = function(stored_PG)
-    parts = 2 if a_PF.shape[1] < h_PG.shape[1] else 1
     if a_PF.shape != (h_PG.shape[0], h_PG.shape[1] // parts):
         raise ValueError(f"shape {list(a_PF.shape)} from {list(h_PG.shape)}")
     (dh_PG,) = torch.autograd.grad(a_PF.sum(), h_PG)

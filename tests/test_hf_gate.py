@@ -1,0 +1,288 @@
+"""fastexperts.hf.gate: rows are found by numbers, gates without one refused, changed ones compared again."""
+
+import copy
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support_hf import assert_close, layer_inputs, outputs_and_gradients, toy_experts
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import batched_mm_experts_forward
+
+import fastexperts
+from fastexperts.activations import ACTIVATIONS, GPT_OSS, SWIGLU, Activation
+from fastexperts.hf.gate import activation_of, checked_gate, find_activation
+
+FORM = r"`.+` got (.|\n)+; it needs .+\. .+"
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    fastexperts.register()
+
+
+def clamped(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
+
+
+def scaled(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+    return (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+
+def scaled_interleaved(self, gate_up):
+    return scaled(self, torch.cat([gate_up[..., ::2], gate_up[..., 1::2]], dim=-1))
+
+
+def in_fp32(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (self.act_fn(gate.float()) * up.float()).to(gate.dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "row"),
+    [
+        (toy_experts, SWIGLU),
+        (lambda: toy_experts(ACT2FN["gelu"]), ACTIVATIONS["geglu"]),
+        (lambda: toy_experts(ACT2FN["gelu_python"]), ACTIVATIONS["geglu"]),
+        (lambda: toy_experts(ACT2FN["gelu_pytorch_tanh"]), ACTIVATIONS["geglu_tanh"]),
+        (lambda: toy_experts(ACT2FN["gelu_new"]), ACTIVATIONS["geglu_tanh"]),
+        (lambda: toy_experts(ACT2FN["quick_gelu"]), Activation("silu", alpha=1.702)),
+        (lambda: toy_experts(ACT2FN["relu"]), ACTIVATIONS["reglu"]),
+        (lambda: toy_experts(ACT2FN["relu2"], has_gate=False), ACTIVATIONS["relu2"]),
+        (lambda: toy_experts(ACT2FN["silu"], has_gate=False), ACTIVATIONS["silu"]),
+        (lambda: toy_experts(gate=in_fp32), SWIGLU),
+        (lambda: toy_experts(gate=clamped, values={"limit": 10.0}), replace(SWIGLU, limit=10.0)),
+        (lambda: toy_experts(gate=clamped, values={"limit": 200}), replace(SWIGLU, limit=200.0)),
+        (lambda: toy_experts(gate=scaled, values={"limit": 7.0, "alpha": 1.702}), GPT_OSS),
+        (
+            lambda: toy_experts(gate=scaled, values={"limit": 5.0, "alpha": 1.5}),
+            replace(GPT_OSS, alpha=1.5, limit=5),
+        ),
+        (
+            lambda: toy_experts(
+                gate=scaled_interleaved, is_concatenated=False, values={"limit": 7.0, "alpha": 1.702}
+            ),
+            GPT_OSS,
+        ),
+    ],
+)
+def test_the_row_that_equals_the_gate_is_found(module, row):
+    assert find_activation(module()) == row
+
+
+def swapped(self, gate_up):
+    up, gate = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
+def hard_limit(limit):
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate.clamp(max=limit)) * up
+
+    return gate
+
+
+def straight_through(self, gate_up):
+    """The right value, a wrong derivative."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate) * up.detach() + (up - up.detach())
+
+
+def softcap(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.tanh(gate / 30) * 30 * torch.sigmoid(gate) * up
+
+
+def clamp_of_gate_alone(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate.clamp(max=self.limit)) * up
+
+
+def clamp_after_activation(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (swapped, r"deviates by .+ at gate -?\d.*, up -?\d"),
+        (lambda self, h: 1.002 * self.act_fn(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1], "deviates by"),
+        (lambda self, h: self.act_fn(h[..., ::2]) * h[..., 1::2], "deviates by"),
+        (lambda self, h: self.act_fn(h.chunk(2, -1)[0]), "deviates by"),
+        (lambda self, h: self.act_fn(h.chunk(2, -1)[0]) * (h.chunk(2, -1)[1] + 0.5), "deviates by"),
+        (lambda self, h: torch.zeros_like(h.chunk(2, -1)[0]).mul(h.sum()), "deviates by"),
+        (lambda self, h: torch.full_like(h.chunk(2, -1)[0], math.nan) * h.sum(), "deviates by"),
+        (straight_through, r"\(derivative\)"),
+        (softcap, "deviates by"),
+        (hard_limit(7.0), "deviates by"),
+        (hard_limit(29.9), "deviates by"),
+        (hard_limit(500.0), "deviates by"),
+        (clamp_of_gate_alone, "deviates by"),
+        (clamp_after_activation, "deviates by"),
+        (lambda self, h: h, "shape"),
+        (lambda self, h: h @ torch.ones(3, 3), "RuntimeError"),
+        (lambda self, h: self.not_there, "AttributeError"),
+    ],
+)
+def test_a_gate_that_no_row_equals_is_refused(gate, message):
+    module = toy_experts(gate=gate, values={"limit": 9.0})
+    with pytest.raises(fastexperts.FastexpertsError, match=message) as error:
+        module(*layer_inputs(module))
+    assert "ToyExperts._apply_gate" in str(error.value)
+    assert "grouped_mm" in str(error.value), "the way out"
+
+
+@pytest.mark.parametrize("act_fn", ["tanh", "relu6", "mish", "gelu_10", "leaky_relu"])
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_an_activation_without_a_row_is_refused(act_fn, has_gate):
+    module = toy_experts(ACT2FN[act_fn], has_gate=has_gate)
+    with pytest.raises(fastexperts.FastexpertsError, match=FORM):
+        module(*layer_inputs(module))
+
+
+def test_the_rows_that_we_ship_are_told_apart():
+    rows = [*ACTIVATIONS.values(), *(replace(SWIGLU, limit=limit) for limit in (7.0, 7.01, 10.0))]
+    for row in rows:
+        module = toy_experts(
+            gate=lambda self, h, row=row: row.forward(h),
+            act_fn=_Row(row),
+            has_gate=row.gated,
+            values={"limit": row.limit, "alpha": row.alpha},
+        )
+        assert find_activation(module) == row
+
+
+class _Row(nn.Module):
+    def __init__(self, row):
+        super().__init__()
+        self.row = row
+
+    def forward(self, h):
+        return self.row.forward(h)
+
+
+def test_an_instance_value_changed_after_the_first_call_is_compared_again():
+    module = toy_experts(gate=clamped, values={"limit": 1.0})
+    inputs = layer_inputs(module)
+    first = outputs_and_gradients(module, module, inputs)
+    module.limit = 0.25
+    second = outputs_and_gradients(module, module, inputs)
+    assert not torch.equal(first["out"], second["out"])
+    reference = outputs_and_gradients(lambda *args: batched_mm_experts_forward(module, *args), module, inputs)
+    assert_close(second, reference)
+
+
+def test_a_gate_patched_after_the_first_call_is_compared_again():
+    module = toy_experts()
+    inputs = layer_inputs(module)
+    module(*inputs)
+    type(module)._apply_gate = swapped
+    with pytest.raises(fastexperts.FastexpertsError, match="no Activation equals"):
+        module(*inputs)
+
+
+def test_a_gate_patched_on_the_instance_is_compared_again():
+    module = toy_experts()
+    inputs = layer_inputs(module)
+    module(*inputs)
+    module._apply_gate = lambda h: swapped(module, h)
+    with pytest.raises(fastexperts.FastexpertsError, match="no Activation equals"):
+        module(*inputs)
+
+
+@pytest.mark.parametrize("change", ["replaced", "value", "forward"])
+def test_a_changed_act_fn_is_compared_again(change):
+    module = toy_experts(nn.Softplus(beta=1.0) if change == "value" else nn.SiLU(), gate=silu_times_up)
+    if change == "value":
+        module.act_fn = _Power()
+    assert activation_of(module) == SWIGLU
+    if change == "replaced":
+        module.act_fn = nn.GELU()
+        assert activation_of(module) == ACTIVATIONS["geglu"]
+    elif change == "value":
+        module.act_fn.scale = 2.0
+        with pytest.raises(fastexperts.FastexpertsError, match="no Activation equals"):
+            activation_of(module)
+    else:
+        module.act_fn.forward = F.relu
+        assert activation_of(module) == ACTIVATIONS["reglu"]
+
+
+def silu_times_up(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
+class _Power(nn.Module):
+    scale: float
+
+    def __init__(self):
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x):
+        return self.scale * F.silu(x)
+
+
+def test_the_comparison_runs_once(monkeypatch):
+    from fastexperts.hf import gate
+
+    ran = []
+    monkeypatch.setattr(gate, "find_activation", lambda module: ran.append(module) or find_activation(module))
+    module = toy_experts()
+    for training in (True, False, True):
+        module.train(training)(*layer_inputs(module))
+    assert ran == [module]
+
+
+def test_a_copied_or_pickled_module_is_compared_again():
+    module = toy_experts()
+    checked = checked_gate(module)
+    assert pickle.loads(pickle.dumps(checked)) is None
+    twin = copy.deepcopy(module)
+    assert twin.__dict__["_fastexperts_checked_gate"] is None
+    assert checked_gate(twin).activation == checked.activation
+
+
+def test_the_comparison_leaves_no_trace_in_the_first_forward():
+    """A fresh module under a selective checkpoint that keeps products: one op more would shift them all."""
+
+    def policy(ctx, op, *args, **kwargs):
+        keep = "mul" in op.name() or "fastexperts" in op.name()
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    module = toy_experts()
+    inputs = layer_inputs(module)
+
+    def run(*args):
+        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+        return checkpoint(lambda *a: 2 * module(*a) * 0.5, *args, use_reentrant=False, context_fn=contexts)
+
+    fresh = outputs_and_gradients(run, module, inputs)
+    reference = outputs_and_gradients(lambda *args: batched_mm_experts_forward(module, *args), module, inputs)
+    assert_close(fresh, reference)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+)
+def test_the_first_comparison_may_run_in_any_context(context):
+    module = toy_experts(gate=clamped, values={"limit": 7.0})
+    with context():
+        assert activation_of(module) == replace(SWIGLU, limit=7.0)
