@@ -100,7 +100,7 @@ def tiny_config(name: str, overrides: dict[str, Any], tokenizer: Any) -> Any:
     from transformers import AutoConfig
 
     model_type, settings = CONFIGS[name]
-    known = AutoConfig.for_model(model_type).to_dict()
+    known = AutoConfig.for_model(model_type).to_dict() | settings
     for key in overrides:
         if key not in known:
             match = difflib.get_close_matches(key, known, n=1)

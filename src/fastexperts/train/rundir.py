@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.errors import refuse
 from fastexperts.train.recipe import Recipe, differences, dump_recipe, parse_recipe
 from fastexperts.train.resume import last_checkpoint
 
@@ -82,9 +82,12 @@ def _check_same_recipe(run: Path, recipe: Recipe) -> None:
     changed = differences(before, recipe)
     if changed:
         shown = "; ".join(f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items())
-        raise FastexpertsError(
-            f"train: `--resume` got a recipe that differs from the run's ({shown}); it needs the same settings. "
-            f"Restore them ({saved} has them all), or start a new run with --output."
+        raise refuse(
+            "train",
+            "--resume",
+            got=f"a recipe that differs from the run's ({shown})",
+            needs="the same settings",
+            way_out=f"Restore them ({saved} has them all), or start a new run with --output.",
         )
 
 
