@@ -12,7 +12,7 @@ from torch import Tensor
 from fastexperts.activations import Activation
 from fastexperts.routing import route_torch as route
 
-__all__ = ["combine", "dh", "down", "dx", "gather", "grouped_dw", "route", "up"]
+__all__ = ["combine", "dh", "down", "dx", "gather", "dw", "route", "up"]
 
 
 def up(
@@ -87,7 +87,7 @@ def combine(
     return out_TD.to(dtype)
 
 
-def grouped_dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
+def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
     """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of `like`."""
     out_ECMN = torch.empty_like(like_ECMN)
     parts = zip(rows_PM.chunk(like_ECMN.shape[1], dim=1), out_ECMN.unbind(1), strict=True)

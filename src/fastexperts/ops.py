@@ -212,7 +212,7 @@ def _(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -
 @torch.library.custom_op("fastexperts::dw1", mutates_args=())
 def dw1(dh_PG: Tensor, x_PD: Tensor, offsets_E1: Tensor, w1_ECFD: Tensor) -> Tensor:
     """dw1_ECFD[e] = dh_PG[rows of e]^T @ x_PD[rows of e], in the dtype and the strides of `w1_ECFD`."""
-    return _implementation(dh_PG).grouped_dw(dh_PG, x_PD, offsets_E1, w1_ECFD)
+    return _implementation(dh_PG).dw(dh_PG, x_PD, offsets_E1, w1_ECFD)
 
 
 @dw1.register_fake
@@ -223,7 +223,7 @@ def _(dh_PG: Tensor, x_PD: Tensor, offsets_E1: Tensor, w1_ECFD: Tensor) -> Tenso
 @torch.library.custom_op("fastexperts::dw2", mutates_args=())
 def dw2(dout_PD: Tensor, wa_PF: Tensor, offsets_E1: Tensor, w2_EDF: Tensor) -> Tensor:
     """dw2_EDF[e] = dout_PD[rows of e]^T @ wa_PF[rows of e], in the dtype and the strides of `w2_EDF`."""
-    return _implementation(wa_PF).grouped_dw(dout_PD, wa_PF, offsets_E1, w2_EDF[:, None]).squeeze(1)
+    return _implementation(wa_PF).dw(dout_PD, wa_PF, offsets_E1, w2_EDF[:, None]).squeeze(1)
 
 
 @dw2.register_fake

@@ -4,8 +4,8 @@ Kernel locals: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block; ever
 """
 
 from fastexperts.kernels.combine import combine, gather
-from fastexperts.kernels.grouped_dw import grouped_dw
+from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, up
 from fastexperts.kernels.routing import route
 
-__all__ = ["combine", "dh", "down", "dx", "gather", "grouped_dw", "route", "up"]
+__all__ = ["combine", "dh", "down", "dx", "gather", "dw", "route", "up"]

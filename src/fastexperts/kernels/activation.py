@@ -17,19 +17,20 @@ def _gate_fn(x, FN: tl.constexpr, ALPHA: tl.constexpr):
     if FN == "silu":
         s = tl.sigmoid(x * ALPHA)
         return x * s, s * (1 + ALPHA * x * (1 - s))
-    if FN == "gelu":
+    elif FN == "gelu":
         cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
-    if FN == "gelu_tanh":
+    elif FN == "gelu_tanh":
         # tanh(z) = 2 sigmoid(2z) - 1
         s = tl.sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x))
         slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
         return x * s, s + x * s * (1 - s) * slope
-    if FN == "relu":
+    elif FN == "relu":
         return tl.where(x > 0, x, 0.0), tl.where(x > 0, 1.0, 0.0).to(x.dtype)
-    tl.static_assert(FN == "relu2", "a row of activations.FUNCTIONS without its Triton form")
-    r = tl.where(x > 0, x, 0.0)
-    return r * r, 2 * r
+    else:
+        tl.static_assert(FN == "relu2", "a row of activations.FUNCTIONS without its Triton form")
+        r = tl.where(x > 0, x, 0.0)
+        return r * r, 2 * r
 
 
 @triton.jit
@@ -80,7 +81,8 @@ def act_vjp(
         if UP_SHIFT != 0.0:
             u += UP_SHIFT
         return f * u, pass_g * u * df, pass_u * f
-    return f, pass_g * df, pass_u
+    else:
+        return f, pass_g * df, pass_u
 
 
 def constants(activation: Activation) -> dict[str, Any]:

@@ -23,10 +23,12 @@ def _load_rows(X, row0, end, col0, o_col, stride, BK: tl.constexpr, TMA: tl.cons
         if MASK:
             x = tl.where(o_r[:, None] < end, x, tl.zeros_like(x))
         return x
-    p_x = X + o_r[:, None].to(tl.int64) * stride + o_col[None, :]
-    if MASK:
-        return tl.load(p_x, mask=o_r[:, None] < end, other=0.0)
-    return tl.load(p_x)
+    else:
+        p_x = X + o_r[:, None].to(tl.int64) * stride + o_col[None, :]
+        if MASK:
+            return tl.load(p_x, mask=o_r[:, None] < end, other=0.0)
+        else:
+            return tl.load(p_x)
 
 
 @triton.jit
@@ -76,7 +78,7 @@ def _grouped_dw(
         tl.store(p_block, acc.to(p_out.dtype.element_ty), mask=m_block)
 
 
-def grouped_dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
+def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
     """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of `like`."""
     out_ECMN = torch.empty_like(like_ECMN)
     num_experts, parts, dim_m, dim_n = out_ECMN.shape

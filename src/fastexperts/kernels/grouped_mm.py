@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fastexperts.activations import Activation
 from fastexperts.kernels import tiles
-from fastexperts.kernels.activation import act_forward, act_vjp, constants
+from fastexperts.kernels.activation import constants
 from fastexperts.kernels.combine import sum_dweight
+from fastexperts.kernels.epilogues import store_act, store_dact, store_plain
 from fastexperts.kernels.operands import accumulator, is_descriptor, operand, precision, processors
 
 
@@ -34,13 +35,16 @@ def _load_w(
     if TMA:
         if KN:
             return W.load([i_e, part, k0, n0]).reshape(BK, BN)
-        return W.load([i_e, part, n0, k0]).reshape(BN, BK).T
-    o_k = k0 + tl.arange(0, BK)
-    p_w = W + i_e.to(tl.int64) * stride_e + part * stride_c
-    p_w += o_n[None, :] * stride_n + o_k[:, None] * stride_k
-    if EVEN_K:
-        return tl.load(p_w)
-    return tl.load(p_w, mask=o_k[:, None] < K, other=0.0)
+        else:
+            return W.load([i_e, part, n0, k0]).reshape(BN, BK).T
+    else:
+        o_k = k0 + tl.arange(0, BK)
+        p_w = W + i_e.to(tl.int64) * stride_e + part * stride_c
+        p_w += o_n[None, :] * stride_n + o_k[:, None] * stride_k
+        if EVEN_K:
+            return tl.load(p_w)
+        else:
+            return tl.load(p_w, mask=o_k[:, None] < K, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -59,7 +63,7 @@ def _grouped_mm(
     TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS_K: tl.constexpr, KN: tl.constexpr,
     EPILOGUE: tl.constexpr, STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr,
     FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr, SUBTILES: tl.constexpr,
     A_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent: each program owns every programs-th output block [BM rows of one expert, BN].
@@ -146,39 +150,26 @@ def _grouped_mm(
                 )
                 acc_u = tl.dot(a, w_u, acc_u, input_precision=PRECISION, out_dtype=ACC)
 
-        m_out = m_m[:, None] & (o_n < N)[None, :]
-        o_out = o_m[:, None].to(tl.int64) * N + o_n[None, :]
-        o_h = o_m[:, None].to(tl.int64) * (WIDTH * N) + o_n[None, :]
-        dtype = p_out.dtype.element_ty
+        p_out_m = p_out + row0.to(tl.int64) * N
+        p_h_m = p_h + row0.to(tl.int64) * (WIDTH * N)
         if EPILOGUE == "none":
-            tl.store(p_out + o_out, acc.to(dtype), mask=m_out)
+            store_plain(acc, p_out_m, n0, N, m_m, SUBTILES)
         elif EPILOGUE == "act":
-            if STORE_H:
-                tl.store(p_h + o_h, acc.to(dtype), mask=m_out)
-            if DUAL:
-                if STORE_H:
-                    tl.store(p_h + o_h + N, acc_u.to(dtype), mask=m_out)
-                act = act_forward(acc, acc_u, FN, GATED, ALPHA, LIMIT, UP_SHIFT)
-            else:
-                act = act_forward(acc, acc, FN, GATED, ALPHA, LIMIT, UP_SHIFT)
-            tl.store(p_out + o_out, act.to(dtype), mask=m_out)
+            if not DUAL:
+                acc_u = acc
+            store_act(
+                acc, acc_u, p_out_m, p_h_m, n0, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES
+            )
         else:
             pair = tl.load(p_pair_of_row + o_m, mask=m_m, other=0)
-            weight = tl.load(p_weight + pair, mask=m_m, other=0.0).to(ACC)[:, None]
-            g = tl.load(p_h + o_h, mask=m_out, other=0.0).to(ACC)
-            u = g
-            if GATED:
-                u = tl.load(p_h + o_h + N, mask=m_out, other=0.0).to(ACC)
-            act, dg, du = act_vjp(g, u, acc * weight, FN, GATED, ALPHA, LIMIT, UP_SHIFT)
+            weight = tl.load(p_weight + pair, mask=m_m, other=0.0).to(ACC)
+            p_dh_m = p_dh + row0.to(tl.int64) * (WIDTH * N)
+            dweight = store_dact(
+                acc, p_out_m, p_h_m, p_dh_m, weight, n0, N, m_m, STORE_OUT, STORE_H,
+                FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES,
+            )  # fmt: skip
             if STORE_DWEIGHT:
-                partial = tl.sum(tl.where(m_out, acc * act, 0.0), 1)
-                tl.store(p_dweight + i_n.to(tl.int64) * num_rows + o_m, partial, mask=m_m)
-            if STORE_OUT:
-                tl.store(p_out + o_out, (act * weight).to(dtype), mask=m_out)
-            if STORE_H:
-                tl.store(p_dh + o_h, dg.to(dtype), mask=m_out)
-                if GATED:
-                    tl.store(p_dh + o_h + N, du.to(dtype), mask=m_out)
+                tl.store(p_dweight + i_n.to(tl.int64) * num_rows + o_m, dweight, mask=m_m)
 
 
 def _launch(
@@ -218,7 +209,7 @@ def _launch(
         TOP_K=top_k, GATHER=gather is not None, PARTS_K=parts_k, KN=kn, EPILOGUE=epilogue,
         STORE_H=pointers.pop("store_h", False), STORE_OUT=pointers.pop("store_out", True),
         STORE_DWEIGHT=pointers.pop("store_dweight", False), **constants(activation or Activation("silu", gated=False)),
-        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten,
+        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten, SUBTILES=tile.subtiles,
         A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0,
         ACC=accumulator(a.dtype), PRECISION=precision(a.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

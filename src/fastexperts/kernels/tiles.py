@@ -15,7 +15,11 @@ PASSES = ("up", "down", "dh", "dx", "dw")
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's block [m, n] of the output, `k` of the contraction a step; `group` row tiles share L2."""
+    """One program's block [m, n] of the output, `k` of the contraction a step; `group` row tiles share L2.
+
+    programs_per_sm: 0 is a program per block, else a persistent grid; flatten: its two loops pipelined as one;
+    subtiles: column slices of the epilogue.
+    """
 
     m: int
     n: int
@@ -25,6 +29,7 @@ class Tile:
     group: int = 8
     programs_per_sm: int = 1
     flatten: bool = False
+    subtiles: int = 1
 
     def __post_init__(self) -> None:
         for name in ("m", "n", "k", "warps"):
@@ -34,15 +39,15 @@ class Tile:
 
 
 def _small(m: int) -> dict[str, Tile]:
-    return dict.fromkeys(PASSES, Tile(m, m, 32, warps=4, stages=2))
+    return dict.fromkeys(PASSES, Tile(m, m, 32, warps=4, stages=2, subtiles=2))
 
 
 TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("sm90", 2): {
-        "up": Tile(128, 128, 64),
-        "down": Tile(128, 256, 64, stages=3),
-        "dh": Tile(128, 128, 64),
-        "dx": Tile(128, 256, 64, stages=3),
+        "up": Tile(128, 128, 64, programs_per_sm=0, subtiles=4),
+        "down": Tile(128, 256, 64, flatten=True),
+        "dh": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=8),
+        "dx": Tile(128, 256, 64),
         "dw": Tile(128, 256, 64, stages=3),
     },
     ("sm80", 2): {
