@@ -109,7 +109,10 @@ def moe_mlp(
     w1, w2 = as_weight(w1), as_weight(w2)
     if dtype is None:
         device = x_TD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+            device
+        )  # not on "meta"
+        dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     check_moe_mlp(x_TD, ids_TK, weight_TK, w1, w2, activation, dtype, expert_parallel)
     w1_ECFD, w2_EDF = w1.parts(activation.parts), w2.out_in
     num_experts = w2_EDF.shape[0]
