@@ -13,11 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastexperts.activations import ACTIVATIONS, Activation
+from fastexperts.activations import Activation
 from fastexperts.checks import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.gate import WAY_OUT, activation_of
-from fastexperts.hf.inventory import Row, Summary, interface_modules, outside_modules, row_of, stored
+from fastexperts.hf.inventory import (
+    Row,
+    Summary,
+    interface_modules,
+    label_of,
+    outside_modules,
+    row_of,
+    stored,
+)
 from fastexperts.moe import moe_mlp
 from fastexperts.weights import Weight
 
@@ -188,13 +196,11 @@ def _row(name: str, module: Any) -> Row:
         activation = check_served(module)
     except FastexpertsError as e:
         return row_of(name, module, served=False, reason=str(e))
-    label = next((key for key, row in ACTIVATIONS.items() if row == activation), str(activation))
-    return row_of(name, module, served=True, activation=label)
+    return row_of(name, module, served=True, activation=label_of(activation))
 
 
 def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: bool) -> None:
     """Raise unless something can be switched and all that cannot is allowed to stay."""
-    names = "\n".join(f"  {row.name} ({row.cls}): {row.reason}" for row in summary.not_served)
     if not summary.rows:
         raise refuse(
             "enable",
@@ -209,7 +215,7 @@ def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: boo
             "model",
             got=f"{type(model).__name__}, none of whose experts can be served",
             needs="experts that transformers dispatches and fastexperts serves",
-            way_out=f"Train it without fastexperts. Found:\n{names}",
+            way_out=f"Train it without fastexperts. Found:\n{summary.reasons()}",
         )
     if summary.not_served and not allow_unsupported:
         raise refuse(
@@ -217,7 +223,7 @@ def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: boo
             "model",
             got=f"{type(model).__name__} with {len(summary.not_served)} modules that cannot be served",
             needs="all experts to be served",
-            way_out=f"Pass allow_unsupported=True to leave these as they are:\n{names}",
+            way_out=f"Pass allow_unsupported=True to leave these as they are:\n{summary.reasons()}",
         )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+
+from fastexperts.activations import ACTIVATIONS, Activation
 
 _TOP_K_NAMES = (
     "num_experts_per_tok",
@@ -53,11 +56,19 @@ class Summary:
         """The rows that do not, each with its reason."""
         return tuple(row for row in self.rows if not row.served)
 
+    def reasons(self) -> str:
+        """A line for each kind of module that is not served: name, class, how many, why."""
+        merged = _merged(self.not_served).items()
+        return "\n".join(f"  {row.name} ({row.cls}, {count}): {row.reason}" for row, count in merged)
+
     def __str__(self) -> str:
         header = ("modules", "name", "class", "activation", "experts", "top-k", "D", "F", "fastexperts")
         table: list[tuple[str, ...]] = [header]
-        for (name, *cells), count in _merged(self.rows).items():
-            table.append((str(count), name, *cells))
+        for row, count in _merged(self.rows).items():
+            dims = (row.experts, row.top_k, row.hidden, row.intermediate)
+            cells = ("-" if dim is None else str(dim) for dim in dims)
+            status = "yes" if row.served else f"no: {row.reason}"
+            table.append((str(count), row.name, row.cls, row.activation or "-", *cells, status))
         widths = [max(len(line[i]) for line in table) for i in range(len(header) - 1)]
         return "\n".join(
             "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]])
@@ -65,16 +76,9 @@ class Summary:
         )
 
 
-def _merged(rows: tuple[Row, ...]) -> dict[tuple[str, ...], int]:
-    """Lines of the table -> modules on it: rows that differ in their layer index alone share a line."""
-    count: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        dims = (row.experts, row.top_k, row.hidden, row.intermediate)
-        cells = tuple("-" if dim is None else str(dim) for dim in dims)
-        status = "yes" if row.served else f"no: {row.reason}"
-        line = (re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name), row.cls, row.activation or "-", *cells, status)
-        count[line] = count.get(line, 0) + 1
-    return count
+def _merged(rows: tuple[Row, ...]) -> Counter[Row]:
+    """Row -> modules: rows that differ in their layer index alone become one, with * for the index."""
+    return Counter(replace(row, name=re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)) for row in rows)
 
 
 def in_interface(module: Any) -> bool:
@@ -85,6 +89,17 @@ def in_interface(module: Any) -> bool:
 def stored(module: Any, name: str) -> bool:
     """Whether `module` has the parameter `name`, parametrized or not; never evaluates a parametrization."""
     return module._parameters.get(name) is not None or name in getattr(module, "parametrizations", ())
+
+
+def label_of(activation: Activation) -> str:
+    """The name of a row in ACTIVATIONS, with the constants that differ from it: swiglu(limit=10.0)."""
+    for name, row in ACTIVATIONS.items():
+        if row == activation:
+            return name
+    plain = Activation(activation.fn, activation.gated)
+    name = next((key for key, row in ACTIVATIONS.items() if row == plain), activation.fn)
+    changed = [f"{key}={value}" for key, value in vars(activation).items() if value != getattr(plain, key)]
+    return f"{name}({', '.join(changed)})" if changed else name
 
 
 def row_of(name: str, module: Any, *, served: bool, activation: str = "", reason: str = "") -> Row:
@@ -113,17 +128,23 @@ def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The topmost modules that look like routed experts and that transformers cannot switch.
 
     A heuristic, since nothing marks them: a class or an attribute named for experts (not the shared ones), or
-    a class named for a mixture, that holds parameters and neither contains nor lies in an interface module.
+    a class named for a mixture, that holds parameters and neither contains, nor lies in, nor lies beside an
+    interface module.
     """
     inside = list(interface_modules(model))
+    blocks = {name.rpartition(".")[0] for name in inside}
     found: list[str] = []
     for name, module in model.named_modules():
-        attribute, cls = name.rpartition(".")[2], type(module).__name__
+        (parent, _, attribute), cls = name.rpartition("."), type(module).__name__
         if not name or not (_EXPERTS.search(attribute) or _EXPERTS.search(cls) or _MOE_CLASS.search(cls)):
             continue
         if _NOT_ROUTED.search(attribute) or _NOT_ROUTED.search(cls):
             continue
-        if any(_related(name, other) for other in inside) or any(_within(name, other) for other in found):
+        if (
+            parent in blocks
+            or any(_related(name, other) for other in inside)
+            or any(_within(name, other) for other in found)
+        ):
             continue
         if next(module.parameters(), None) is not None:
             found.append(name)
