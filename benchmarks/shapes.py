@@ -10,7 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """D hidden dim, F expert intermediate dim, E experts (local ones where a model never fits a card), K top-k."""
+    """D hidden dim, F expert intermediate dim, E experts (local ones where a model never fits a card), K
+    top-k.
+    """
 
     name: str
     dim_d: int

@@ -1,6 +1,7 @@
 """Compiles kernels for GPUs that are not here: every launch inside `offline(arch)` compiles and does not run.
 
-For the compiler's verdict (it compiles, registers, spills, shared memory) without a card. Not under TRITON_INTERPRET.
+For the compiler's verdict (it compiles, registers, spills, shared memory) without a card. Not under
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class _Driver:
 
 @contextlib.contextmanager
 def offline(arch: int) -> Iterator[list[tuple[str, Any]]]:
-    """Yield the list of (kernel name, compiled kernel) that fills as launches are made with CPU or meta tensors."""
+    """Yield the list of (kernel name, compiled kernel) that fills as launches are made with CPU or meta
+    tensors.
+    """
     from fastexperts.kernels import grouped_dw, grouped_mm, operands, tiles
 
     compiled: list[tuple[str, Any]] = []
@@ -52,8 +55,8 @@ def offline(arch: int) -> Iterator[list[tuple[str, Any]]]:
         mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tiles, "_key", key),
-        mock.patch.object(operands, "has_tma", lambda device: arch >= 90),
-        mock.patch.object(grouped_mm, "processors", lambda device: 132),
-        mock.patch.object(grouped_dw, "processors", lambda device: 132),
+        mock.patch.object(operands, "has_tma", return_value=arch >= 90),
+        mock.patch.object(grouped_mm, "processors", return_value=132),
+        mock.patch.object(grouped_dw, "processors", return_value=132),
     ):
         yield compiled

@@ -5,7 +5,8 @@
     fastexperts.register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="fastexperts")
 
-Importing needs PyTorch alone: transformers is imported by `register` and `enable`, Triton by the first GPU call.
+Importing needs PyTorch alone: transformers is imported by `register` and `enable`, Triton by the first GPU
+call.
 """
 
 from __future__ import annotations

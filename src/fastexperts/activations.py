@@ -3,9 +3,9 @@
     gated      a = f(min(g, limit)) * (clamp(u, -limit, limit) + up_shift)      h = [g, u]
     non-gated  a = f(min(g, limit))                                             h = g
 
-`f` is one of `FUNCTIONS`. The Triton kernels read the same fields (kernels/activation.py), so that a new gate is
-a new row here and not a new kernel. A clamp passes the gradient where its input lies inside, bounds included, as
-`torch.clamp` does.
+`f` is one of `FUNCTIONS`. The Triton kernels read the same fields (kernels/activation.py), so that a new
+gate is a new row here and not a new kernel. A clamp passes the gradient where its input lies inside, bounds
+included, as `torch.clamp` does.
 
 Legend: P rows, F expert intermediate dim, G columns of h (2F gated, F otherwise).
 """

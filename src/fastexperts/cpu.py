@@ -5,6 +5,8 @@ Legend: see ops.py. Host offsets are read once per call, which costs nothing on 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from fastexperts.activations import Activation
 from fastexperts.routing import route_torch as route
 
-__all__ = ["combine", "dh", "down", "dx", "gather", "dw", "route", "up"]
+__all__ = ["combine", "dh", "down", "dw", "dx", "gather", "route", "up"]
 
 
 def up(
@@ -88,7 +90,9 @@ def combine(
 
 
 def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
-    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of `like`."""
+    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of
+    `like`.
+    """
     out_ECMN = torch.empty_like(like_ECMN)
     parts = zip(rows_PM.chunk(like_ECMN.shape[1], dim=1), out_ECMN.unbind(1), strict=True)
     for part_PM, out_EMN in parts:
@@ -103,7 +107,8 @@ def _rows_mm(rows_PK: Tensor, w_EKN: Tensor, offsets_E1: Tensor) -> Tensor:
 def _grouped_mm(a: Tensor, b: Tensor, offsets_E1: Tensor) -> Tensor:
     """[P, K] x [E, K, N] -> [P, N] by rows of an expert, or [M, P] x [P, N] -> [E, M, N] over them.
 
-    PyTorch's grouped GEMM has no fp64 and wants strides in multiples of 16 bytes: a loop over experts elsewhere.
+    PyTorch's grouped GEMM has no fp64 and wants strides in multiples of 16 bytes: a loop over experts
+    elsewhere.
     """
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype != torch.float64 and a.numel() and b.numel() and _aligned(a) and _aligned(b):
@@ -112,7 +117,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets_E1: Tensor) -> Tensor:
         shape = (a.shape[0], b.shape[2]) if ragged_rows else (offsets_E1.shape[0] - 1, a.shape[0], b.shape[1])
         out = a.new_zeros(shape)
         bounds = offsets_E1.tolist()
-        for e, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for e, (start, end) in enumerate(pairwise(bounds)):
             if start == end:
                 continue
             if ragged_rows:

@@ -1,11 +1,14 @@
 """The mixture-of-experts layer: the dataflow forward, its mirror backward, and the one autograd formula.
 
 Legend, used in every file: T tokens, K top-k, P = T*K token-expert pairs (rows, sorted by expert), E experts,
-D model (hidden) dim, F expert intermediate dim, C parts of h (gate and up: 2, non-gated: 1), G = C*F. Tensors carry
-their dims as a suffix; index maps read value_of_index; a gradient is d + the name of its primal.
+D model (hidden) dim, F expert intermediate dim, C parts of h (gate and up: 2, non-gated: 1), G = C*F.
+Tensors carry their dims as a suffix; index maps read value_of_index; a gradient is d + the name of its
+primal.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +51,9 @@ def backward(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx_TD, dweight_TK, dw1_ECFD, dw2_EDF), each only if `needs` it, from x and h alone: a is recomputed."""
+    """(dx_TD, dweight_TK, dw1_ECFD, dw2_EDF), each only if `needs` it, from x and h alone: a is
+    recomputed.
+    """
     need_dx, need_dweight, need_dw1, need_dw2 = needs
     dx_TD = dweight_TK = dw1_ECFD = dw2_EDF = None
 
@@ -87,31 +92,30 @@ def moe_mlp(
 
     Args:
         x_TD: tokens [T, D], floating point.
-        ids_TK: expert of each pair [T, K], int32 or int64. Ids outside [0, E) (expert-parallel sentinels) take no
-            row and add nothing; with FASTEXPERTS_CHECK=1 any such id but -1 and E raises.
+        ids_TK: expert of each pair [T, K], int32 or int64. Ids outside [0, E) (expert-parallel sentinels)
+            take no row and add nothing; with FASTEXPERTS_CHECK=1 any such id but -1 and E raises.
         weight_TK: routing weights [T, K], floating point; fp32 stays fp32.
         w1: up projection [E, G, D], gate rows first (G = 2F, or F for a non-gated activation), or a `Weight`.
         w2: down projection [E, D, F], or a `Weight`.
         activation: an `Activation` or a name in `fastexperts.ACTIVATIONS`.
-        dtype: of the products; default the autocast dtype where autocast is on, else the dtype of `x_TD`. Weights
-            of another dtype are cast for the length of a pass, and get gradients in their own dtype.
+        dtype: of the products; default the autocast dtype where autocast is on, else the dtype of `x_TD`.
+            Weights of another dtype are cast for the length of a pass, and get gradients in their own dtype.
         expert_parallel: w1 and w2 hold only this rank's experts, so K may exceed E (other ids are sentinels).
 
     Returns:
         out_TD [T, D] in the dtype of `x_TD`.
 
-    Differentiable once in x_TD, weight_TK, w1 and w2; a second derivative raises RuntimeError. Keeps x_TD, h [P, G]
-    in `dtype`, the weights and the routing for backward. Sums are fp32 (fp64 for fp64) in a fixed order: the same
-    inputs give bitwise the same results. Raises FastexpertsError for arguments that do not fit.
-    Formulas: docs/how-it-works.md.
+    Differentiable once in x_TD, weight_TK, w1 and w2; a second derivative raises RuntimeError. Keeps x_TD, h
+    [P, G] in `dtype`, the weights and the routing for backward. Sums are fp32 (fp64 for fp64) in a fixed
+    order: the same inputs give bitwise the same results. Raises FastexpertsError for arguments that do not
+    fit. Formulas: docs/how-it-works.md.
     """
     activation = resolve(activation, "moe_mlp")
     w1, w2 = as_weight(w1), as_weight(w2)
     if dtype is None:
         device = x_TD.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-            device
-        )  # not on "meta"
+        # "meta" has no autocast, and asking raises
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     check_moe_mlp(x_TD, ids_TK, weight_TK, w1, w2, activation, dtype, expert_parallel)
     w1_ECFD, w2_EDF = w1.parts(activation.parts), w2.out_in
@@ -142,7 +146,7 @@ def _moe_mlp(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
-    return forward(x_TD, weight_TK, w1_ECFD, w2_EDF, Routing(*routing, top_k), activation, dtype, keep_h)
+    return forward(x_TD, weight_TK, w1_ECFD, w2_EDF, Routing.of(routing, top_k), activation, dtype, keep_h)
 
 
 @_moe_mlp.register_fake
@@ -163,7 +167,7 @@ def _(
     return x_TD.new_empty(x_TD.shape), h_PG
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x_TD, weight_TK, w1_ECFD, w2_EDF, routing, ctx.top_k, ctx.act, ctx.params, ctx.dtype, _ = inputs
     _, h_PG = output
     ctx.set_materialize_grads(False)
@@ -171,16 +175,15 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, *routing)
 
 
-def _backward(ctx, dout_TD, _dh_PG):
+def _backward(ctx: Any, dout_TD: Tensor | None, _dh_PG: None) -> tuple[Any, ...]:
     no_grad = ([None] * 4, *(None,) * 5)  # routing, and the arguments that are not tensors
     if dout_TD is None:
         return (*(None,) * 4, *no_grad)
     x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, *routing = ctx.saved_tensors
-    activation = Activation.of(ctx.act, w1_ECFD.shape[1] == 2, ctx.params)
+    r, activation = Routing.of(routing, ctx.top_k), Activation.of(ctx.act, w1_ECFD.shape[1] == 2, ctx.params)
     grads = backward(
-        dout_TD, x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, Routing(*routing, ctx.top_k), activation, ctx.dtype,
-        tuple(ctx.needs_input_grad[:4]),
-    )  # fmt: skip
+        dout_TD, x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, r, activation, ctx.dtype, ctx.needs_input_grad[:4]
+    )
     return (*grads, *no_grad)
 
 

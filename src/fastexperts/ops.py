@@ -1,11 +1,11 @@
 """The forward-only primitives as torch.library ops: schema, shapes (fake), and which backend runs them.
 
-Each op is one line of the dataflow in moe.py. On a GPU the Triton kernels run, elsewhere PyTorch's grouped GEMM
-(cpu.py); FASTEXPERTS_BACKEND overrides. No op is differentiable by itself: `moe_mlp` owns the formula, and a second
-derivative raises.
+Each op is one line of the dataflow in moe.py. On a GPU the Triton kernels run, elsewhere PyTorch's grouped
+GEMM (cpu.py); FASTEXPERTS_BACKEND overrides. No op is differentiable by itself: `moe_mlp` owns the formula,
+and a second derivative raises.
 
-Legend: T tokens, K top-k, P = T*K rows, E experts, D model dim, F expert intermediate dim, C parts of h (2 gated,
-1 otherwise), G = C*F. Rows behind offsets_E1[E] are undefined in every [P, ...] tensor and never read.
+Legend: T tokens, K top-k, P = T*K rows, E experts, D model dim, F expert intermediate dim, C parts of h (2
+gated, 1 otherwise), G = C*F. Rows behind offsets_E1[E] are undefined in every [P, ...] tensor and never read.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _implementation(tensor: Tensor) -> ModuleType:
         from fastexperts import kernels
     except ImportError as e:
         raise FastexpertsError(
-            f"fastexperts: `triton` could not be imported ({e}); CUDA tensors need it. Install triton, or set "
-            "FASTEXPERTS_BACKEND=torch for PyTorch's grouped GEMM."
+            f"fastexperts: `triton` could not be imported ({e}); CUDA tensors need it. Install triton, or "
+            "set FASTEXPERTS_BACKEND=torch for PyTorch's grouped GEMM."
         ) from e
     return kernels
 
@@ -136,7 +136,9 @@ def _(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> 
 def combine(
     y_PD: Tensor, weight_TK: Tensor | None, row_of_pair_P: Tensor, top_k: int, dtype: torch.dtype
 ) -> Tensor:
-    """out_TD = sum_k weight_TK * y_PD[row of (t, k)], k ascending, fp32 sums (fp64 for fp64); no weight means 1."""
+    """out_TD = sum_k weight_TK * y_PD[row of (t, k)], k ascending, fp32 sums (fp64 for fp64); no weight
+    means 1.
+    """
     return _implementation(y_PD).combine(y_PD, weight_TK, row_of_pair_P, top_k, dtype)
 
 
@@ -237,8 +239,8 @@ ALL = (route, gather, up, down, combine, dh, dx, dw1, dw2)
 def no_double_backward(ctx: object, *grads: Tensor) -> None:
     """The autograd formula of every op: there is none."""
     raise RuntimeError(
-        "fastexperts.moe_mlp: `create_graph` got True; the second derivative is not implemented and needs to be "
-        "taken elsewhere. Use experts_implementation='eager' for double backward."
+        "fastexperts.moe_mlp: `create_graph` got True; it needs False, since there is no second derivative. "
+        "Use experts_implementation='eager' for double backward."
     )
 
 

@@ -1,4 +1,5 @@
-"""The oracle: a plain loop over experts in differentiable PyTorch, any dtype, nothing shared with the fast path.
+"""The oracle: a plain loop over experts in differentiable PyTorch, any dtype, nothing shared with the fast
+path.
 
 Legend: T tokens, K top-k, E experts, D model dim, F expert intermediate dim, G = 2F gated, else F.
 """
@@ -22,10 +23,11 @@ def moe_mlp_reference(
     *,
     activation: Activation = SWIGLU,
 ) -> Tensor:
-    """out_TD[t] = sum_k weight[t, k] * w2[e] act(w1[e] x[t]) with e = ids[t, k]; ids outside [0, E) add nothing.
+    """out_TD[t] = sum_k weight[t, k] * w2[e] act(w1[e] x[t]) with e = ids[t, k]; ids outside [0, E) add
+    nothing.
 
-    Arguments as `fastexperts.moe_mlp`. Every operation runs in the dtypes given: pass fp64 tensors for the truth, or
-    bf16 ones for what a plain PyTorch loop makes of bf16.
+    Arguments as `fastexperts.moe_mlp`. Every operation runs in the dtypes given: pass fp64 tensors for the
+    truth, or bf16 ones for what a plain PyTorch loop makes of bf16.
     """
     w1_ECFD = as_weight(w1).parts(activation.parts)
     w2_EDF = as_weight(w2).out_in

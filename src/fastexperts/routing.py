@@ -5,6 +5,7 @@ Legend: T tokens, K top-k, P = T*K pairs (pair = t*K + k), E experts, S tiles of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from fastexperts.errors import FastexpertsError, refuse
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows are pairs sorted by expert, ties in pair order. Integer tensors (int32), all on the device of the ids.
+    """Rows are pairs sorted by expert, ties in pair order. Integer tensors (int32), all on the device of the
+    ids.
 
     Example, T = 3, K = 2, E = 3, ids [[2, 0], [0, 3], [2, 2]] (3 is a sentinel: no expert here), block_m = 2:
 
@@ -27,8 +29,9 @@ class Routing:
     row_of_pair_P: row of a pair, -1 for a pair without an expert; injective elsewhere.
     pair_of_row_P: its inverse on rows [0, offsets_E1[E]); -1 in the rows behind.
     offsets_E1: rows [offsets[e], offsets[e+1]) belong to expert e; offsets[0] = 0, not decreasing.
-    schedule_S2: entry 0 is (live tiles, block_m); entry 1 + i is (expert, first row) of tile i. A tile covers up to
-        block_m rows and never crosses into the next expert; entries behind the live ones are undefined.
+    schedule_S2: entry 0 is (live tiles, block_m); entry 1 + i is (expert, first row) of tile i. A tile
+        covers up to block_m rows and never crosses into the next expert; entries behind the live ones are
+        undefined.
     """
 
     row_of_pair_P: Tensor
@@ -48,6 +51,12 @@ class Routing:
                 f"Routing: `top_k` {self.top_k} does not divide {self.row_of_pair_P.shape[0]} pairs. "
                 "Build it with fastexperts.route."
             )
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], top_k: int) -> Routing:
+        """The inverse of (`tensors`, `top_k`)."""
+        row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2 = tensors
+        return cls(row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2, top_k)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -73,7 +82,9 @@ def schedule_length(num_pairs: int, num_experts: int, block_m: int) -> int:
 
 
 def route_torch(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tensors of `Routing` in plain PyTorch, without host synchronisation; the kernels' reference."""
+    """The four tensors of `Routing` in plain PyTorch, without host synchronisation; the kernels'
+    reference.
+    """
     ids_P = ids_TK.reshape(-1).long()
     num_pairs, device = ids_P.numel(), ids_P.device
     bucket_P = torch.where((ids_P >= 0) & (ids_P < num_experts), ids_P, num_experts)

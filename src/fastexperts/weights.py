@@ -1,7 +1,7 @@
 """`Weight`: one expert projection of a layer as it is stored, and the one view that the ops compute with.
 
-Layouts are strides. `parts()` gives every stored form as one (E, C, F, D) view (C = 2 for gate and up, else 1) and
-never copies, so that kernels know one layout and gradients come back in the parameter's own.
+Layouts are strides. `parts()` gives every stored form as one (E, C, F, D) view (C = 2 for gate and up, else
+1) and never copies, so that kernels know one layout and gradients come back in the parameter's own.
 
     stored                                   view
     [E, 2F, D] gate rows, then up rows       unflatten(1, (C, F))
@@ -20,7 +20,9 @@ from fastexperts.errors import refuse
 
 @dataclass(frozen=True)
 class Weight:
-    """An expert projection: `w` [E, out, in], or [E, in, out] when `transposed`; `interleaved` concerns gate and up."""
+    """An expert projection: `w` [E, out, in], or [E, in, out] when `transposed`; `interleaved` concerns gate
+    and up.
+    """
 
     w: Tensor
     transposed: bool = False

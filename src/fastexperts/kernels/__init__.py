@@ -1,6 +1,7 @@
 """The ops of ops.py as Triton kernels, one file per operation. Importing this package imports Triton.
 
-Kernel locals: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block; every pointer argument names its shape.
+Kernel locals: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block; every pointer argument names its
+shape.
 """
 
 from fastexperts.kernels.combine import combine, gather
@@ -8,4 +9,4 @@ from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, up
 from fastexperts.kernels.routing import route
 
-__all__ = ["combine", "dh", "down", "dx", "gather", "dw", "route", "up"]
+__all__ = ["combine", "dh", "down", "dw", "dx", "gather", "route", "up"]

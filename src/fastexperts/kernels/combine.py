@@ -1,4 +1,5 @@
-"""Rows to tokens and back: `combine` (weighted sum over k), `gather` (a row's token), and the sums of dweight.
+"""Rows to tokens and back: `combine` (weighted sum over k), `gather` (a row's token), and the sums of
+dweight.
 
 Legend: T tokens, K top-k, P = T*K rows, D model dim.
 """
@@ -51,7 +52,9 @@ def _gather(
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (P, D blocks): one program copies BLOCK_D columns of one row; rows that hold nothing stay unwritten."""
+    """Grid (P, D blocks): one program copies BLOCK_D columns of one row; rows that hold nothing stay
+    unwritten.
+    """
     i_p = tl.program_id(0).to(tl.int64)
     pair = tl.load(p_pair_of_row + i_p)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

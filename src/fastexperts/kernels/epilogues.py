@@ -1,7 +1,9 @@
-"""What a finished accumulator block of grouped_mm.py becomes: y, (h, a), or (dh, weight * a, partial dweight).
+"""What a finished accumulator block of grouped_mm.py becomes: y, (h, a), or (dh, weight * a, partial
+dweight).
 
-A block [BM, BN] can be stored in SUBTILES slices of columns, one after the other: the slices of an epilogue that
-reads h as well need a fraction of the registers (H100, dh at 128 x 128: 1.1 KB of spills a thread without).
+A block [BM, BN] can be stored in SUBTILES slices of columns, one after the other: the slices of an epilogue
+that reads h as well need a fraction of the registers (H100, dh at 128 x 128: 1.1 KB of spills a thread
+without).
 
 Pointers arrive at the block's first row; offsets inside a block fit 32 bits.
 """
@@ -51,9 +53,8 @@ def store_act(
         g0, g1 = _halves(g)
         u0, u1 = _halves(u)
         store_act(g0, u0, p_out, p_h, n0, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2)
-        store_act(
-            g1, u1, p_out, p_h, n0 + BN // 2, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2
-        )  # fmt: skip
+        n1 = n0 + BN // 2
+        store_act(g1, u1, p_out, p_h, n1, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2)
     else:
         dtype = p_out.dtype.element_ty
         o_m = tl.arange(0, BM)[:, None]

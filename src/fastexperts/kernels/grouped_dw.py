@@ -16,7 +16,9 @@ from fastexperts.kernels.operands import accumulator, is_descriptor, operand, pr
 
 @triton.jit
 def _load_rows(X, row0, end, col0, o_col, stride, BK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
-    """Block [BK, columns] of X from row0; MASK zeroes the rows behind `end`, which belong to another expert."""
+    """Block [BK, columns] of X from row0; MASK zeroes the rows behind `end`, which belong to another
+    expert.
+    """
     o_r = row0 + tl.arange(0, BK)
     if TMA:
         x = X.load([row0, col0])
@@ -41,7 +43,8 @@ def _grouped_dw(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,), persistent: each program owns every programs-th block [BM, BN] of one part of one expert.
+    """Grid (programs,), persistent: each program owns every programs-th block [BM, BN] of one part of one
+    expert.
 
     The last, partial step of an expert is peeled: masking every step costs a tenth of the speed (H100).
     """
@@ -79,7 +82,9 @@ def _grouped_dw(
 
 
 def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
-    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of `like`."""
+    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of
+    `like`.
+    """
     out_ECMN = torch.empty_like(like_ECMN)
     num_experts, parts, dim_m, dim_n = out_ECMN.shape
     if out_ECMN.numel() == 0:

@@ -63,13 +63,15 @@ def _grouped_mm(
     TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS_K: tl.constexpr, KN: tl.constexpr,
     EPILOGUE: tl.constexpr, STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr,
     FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr, SUBTILES: tl.constexpr,
-    A_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    SUBTILES: tl.constexpr, A_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,), persistent: each program owns every programs-th output block [BM rows of one expert, BN].
+    """Grid (programs,), persistent: each program owns every programs-th output block [BM rows of one expert,
+    BN].
 
-    EPILOGUE "act" with GATED computes the same block of both parts. Rows behind an expert's end are computed from
-    whatever lies there and not stored.
+    EPILOGUE "act" with GATED computes the same block of both parts. Rows behind an expert's end are computed
+    from whatever lies there and not stored.
     """
     DUAL: tl.constexpr = EPILOGUE == "act" and GATED
     WIDTH: tl.constexpr = 2 if GATED else 1
@@ -186,7 +188,9 @@ def _launch(
     activation: Activation | None = None,
     **pointers: Any,
 ) -> None:
-    """Launch pass `name`: operands as descriptors where possible, the tile of tiles.py, one program per SM or tile."""
+    """Launch pass `name`: operands as descriptors where possible, the tile of tiles.py, one program per SM
+    or tile.
+    """
     tile = tiles.tile(a.device, a.dtype, name)
     rows = a.shape[0] if gather is None else gather[0].shape[0]
     _, parts, *dims = w_EC__.shape
@@ -208,7 +212,8 @@ def _launch(
         schedule_S2, a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k, rows,
         TOP_K=top_k, GATHER=gather is not None, PARTS_K=parts_k, KN=kn, EPILOGUE=epilogue,
         STORE_H=pointers.pop("store_h", False), STORE_OUT=pointers.pop("store_out", True),
-        STORE_DWEIGHT=pointers.pop("store_dweight", False), **constants(activation or Activation("silu", gated=False)),
+        STORE_DWEIGHT=pointers.pop("store_dweight", False),
+        **constants(activation or Activation("silu", gated=False)),
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten, SUBTILES=tile.subtiles,
         A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0,
         ACC=accumulator(a.dtype), PRECISION=precision(a.dtype), num_warps=tile.warps, num_stages=tile.stages,

@@ -1,4 +1,6 @@
-"""How a matrix reaches a kernel: as a tensor descriptor where the hardware and its strides allow, else as a pointer."""
+"""How a matrix reaches a kernel: as a tensor descriptor where the hardware and its strides allow, else as a
+pointer.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from fastexperts import settings
 def operand(tensor: Tensor, block: list[int], parts: int = 1) -> TensorDescriptor | Tensor:
     """`tensor` as a descriptor of `block`, or itself.
 
-    Descriptors need 16-byte bases and strides, the last one 1, and blocks that start on 16 bytes: with `parts` side
-    by side in the last dimension, each part too.
+    Descriptors need 16-byte bases and strides, the last one 1, and blocks that start on 16 bytes: with
+    `parts` side by side in the last dimension, each part too.
     """
     aligned_parts = tensor.shape[-1] // parts * tensor.element_size() % 16 == 0 or parts == 1
     if settings.allow_tma() and has_tma(tensor.device) and _describable(tensor) and aligned_parts:

@@ -1,6 +1,7 @@
 """Routing on the device: count, scan, stable placement, in three launches and without atomics.
 
-Legend: P pairs, E experts, S tiles of the schedule, B blocks of `BLOCK` pairs. See routing.Routing for the result.
+Legend: P pairs, E experts, S tiles of the schedule, B blocks of `BLOCK` pairs. See routing.Routing for the
+result.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def _place(
     m_p = o_p < num_pairs
     id_ = tl.load(p_ids + o_p, mask=m_p, other=-1).to(tl.int32)
     valid = (id_ >= 0) & (id_ < num_experts)
-    # pairs without an expert form one more group behind the last row; its earlier members are what is not counted
+    # pairs without an expert form one more group behind the last row; its earlier members are what is not
+    # counted
     group = tl.where(valid, id_, num_experts)
     earlier = (group[None, :] == group[:, None]) & (o_p[None, :] < o_p[:, None])
     rank = tl.sum(earlier.to(tl.int32), 1)
@@ -114,15 +116,19 @@ def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tenso
     num_pairs = ids_P.numel()
     num_blocks = triton.cdiv(num_pairs, BLOCK)
     length = schedule_length(num_pairs, num_experts, block_m)
-    new = {"dtype": torch.int32, "device": ids_TK.device}
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=ids_TK.device)
+
     if num_pairs == 0:
-        empty = torch.empty(0, **new)
-        schedule_S2 = torch.tensor([[0, block_m]], **new)
-        return empty, empty.clone(), torch.zeros(num_experts + 1, **new), schedule_S2
-    count_BE = torch.empty((num_blocks, num_experts), **new)
-    total_E = torch.empty(num_experts, **new)
-    row_of_pair_P, pair_of_row_P = torch.empty(num_pairs, **new), torch.empty(num_pairs, **new)
-    offsets_E1, schedule_S2 = torch.empty(num_experts + 1, **new), torch.empty((length, 2), **new)
+        empty = new(0)
+        schedule_S2 = new(1, 2).zero_()
+        schedule_S2[0, 1] = block_m
+        return empty, empty.clone(), new(num_experts + 1).zero_(), schedule_S2
+    count_BE = new(num_blocks, num_experts)
+    total_E = new(num_experts)
+    row_of_pair_P, pair_of_row_P = new(num_pairs), new(num_pairs)
+    offsets_E1, schedule_S2 = new(num_experts + 1), new(length, 2)
     padded = max(16, triton.next_power_of_2(num_experts))
     _count[(num_blocks,)](ids_P, count_BE, num_pairs, num_experts, BLOCK=BLOCK, E2=padded)
     _scan[(num_experts,)](count_BE, total_E, num_blocks, num_experts, CHUNK=512)

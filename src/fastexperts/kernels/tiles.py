@@ -1,7 +1,8 @@
 """Tile choices as data, keyed by (architecture, pass, bytes per element). Nothing is tuned at run time.
 
-A developer's benchmark fills the table (benchmarks/layer.py --tiles). `m` of the row-tiled passes is fixed per
-(architecture, bytes): the schedule of a routing is made for it, and a token's result does not depend on its batch.
+A developer's benchmark fills the table (benchmarks/layer.py --tiles). `m` of the row-tiled passes is fixed
+per (architecture, bytes): the schedule of a routing is made for it, and a token's result does not depend on
+its batch.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ PASSES = ("up", "down", "dh", "dx", "dw")
 class Tile:
     """One program's block [m, n] of the output, `k` of the contraction a step; `group` row tiles share L2.
 
-    programs_per_sm: 0 is a program per block, else a persistent grid; flatten: its two loops pipelined as one;
-    subtiles: column slices of the epilogue.
+    programs_per_sm: 0 is a program per block, else a persistent grid; flatten: its two loops pipelined as
+    one; subtiles: column slices of the epilogue.
     """
 
     m: int
