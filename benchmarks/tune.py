@@ -14,9 +14,9 @@ import itertools
 
 import torch
 import triton
-from shapes import SHAPES, routing
+from passes import layer_passes
+from shapes import SHAPES
 
-from fastexperts import ops
 from fastexperts.kernels import tiles
 from fastexperts.kernels.tiles import Tile
 
@@ -53,56 +53,26 @@ def main() -> None:
     parser.add_argument("--routing", default="balanced")
     parser.add_argument("--passes", default=",".join(tiles.PASSES))
     args = parser.parse_args()
-    calls = passes(args.shape, args.tokens, args.routing)
+    passes = layer_passes(SHAPES[args.shape], args.tokens, args.routing)
     device = torch.device("cuda")
     key = tiles._key(device, torch.bfloat16)
     for name in args.passes.split(","):
         base = tiles.TABLE[key][name]
-        for op_name, (flops, call) in calls.items():
-            if not op_name.startswith(name):
+        for op_name, step in passes.items():
+            if op_name.removesuffix("1").removesuffix("2") != name:
                 continue
-            expected = call()
+            expected = step.call()
             for tile in [base, *CANDIDATES[name]]:
                 tiles.TABLE[key][name] = tile
                 try:
-                    out = call()
+                    out = step.call()
                     error = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
-                    ms = triton.testing.do_bench(call, warmup=50, rep=100, return_mode="median")
-                    print(
-                        f"{op_name:5} {ms:7.3f} ms {flops / ms / 1e9:6.0f} TF/s  err {error:.1e}  {tile}",
-                        flush=True,
-                    )
+                    ms = triton.testing.do_bench(step.call, warmup=50, rep=100, return_mode="median")
+                    speed = f"{ms:7.3f} ms {step.flops / ms / 1e9:6.0f} TF/s"
+                    print(f"{op_name:5} {speed}  err {error:.1e}  {tile}", flush=True)
                 except (RuntimeError, triton.runtime.errors.OutOfResources) as e:
                     print(f"{op_name:5} failed: {str(e)[:150]!r}  {tile}", flush=True)
             tiles.TABLE[key][name] = base
-
-
-def passes(shape_name: str, tokens: int, kind: str):
-    """name -> (FLOPs, call) of each GEMM pass on random operands of the right scale."""
-    shape, dev = SHAPES[shape_name], "cuda"
-    d, f, e, k = shape.dim_d, shape.dim_f, shape.experts, shape.top_k
-    ids_TK, weight_TK = routing(shape, tokens, kind, dev)
-    torch.manual_seed(0)
-    x_TD = torch.randn(tokens, d, device=dev, dtype=torch.bfloat16)
-    w1 = torch.randn(e, 2, f, d, device=dev, dtype=torch.bfloat16) / d**0.5
-    w2 = torch.randn(e, d, f, device=dev, dtype=torch.bfloat16) / f**0.5
-    row, pair, offsets, schedule = ops.route(ids_TK, e, tiles.block_m(torch.device(dev), torch.bfloat16))
-    act = ("silu", [1.0, float("inf"), 0.0])
-    h, a = ops.up(x_TD, w1, pair, offsets, schedule, k, *act, True)
-    x_PD = ops.gather(x_TD, pair, k)
-    dh, wa, _ = ops.dh(x_PD, w2, h, weight_TK, row, pair, offsets, schedule, *act, True, True, True)
-    base = 2 * tokens * k * d * f
-    return {
-        "up": (2 * base, lambda: ops.up(x_TD, w1, pair, offsets, schedule, k, *act, True)[0]),
-        "down": (base, lambda: ops.down(a, w2, offsets, schedule)),
-        "dh": (
-            base,
-            lambda: ops.dh(x_PD, w2, h, weight_TK, row, pair, offsets, schedule, *act, True, True, True)[0],
-        ),
-        "dx": (2 * base, lambda: ops.dx(dh, w1, offsets, schedule)),
-        "dw1": (2 * base, lambda: ops.dw1(dh, x_PD, offsets, w1)),
-        "dw2": (base, lambda: ops.dw2(x_PD, wa, offsets, w2)),
-    }
 
 
 if __name__ == "__main__":
