@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support_hf import Ops, tiny_config, tiny_model, tokens
+from support_hf import Ops, tiny_config, tiny_model, tokens, toy_experts
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, MixtralForCausalLM, PreTrainedModel
 
 import fastexperts
 from fastexperts.activations import ACTIVATIONS, Activation
 from fastexperts.errors import FastexpertsError
-from fastexperts.hf.inventory import Row, Summary, label_of, outside_modules
+from fastexperts.hf.inventory import Row, Summary, label_of, outside_modules, row_of
 
 FORM = r"`.+` got (.|\n)+; it needs .+\. .+"
 COMMON = {
@@ -86,10 +86,11 @@ def test_it_can_be_called_again():
     assert fastexperts.enable(model, verbose=False) == fastexperts.enable(model, verbose=False)
 
 
-def test_dims_of_transposed_weights():
-    model = build("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, intermediate_size=24)
-    row = fastexperts.enable(model, verbose=False).rows[0]
-    assert (row.experts, row.top_k, row.hidden, row.intermediate) == (4, 2, 32, 24)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dims_are_read_by_layout(transposed):
+    module = toy_experts(experts=5, hidden=16, intermediate=12, is_transposed=transposed)
+    module.config.moe_k = 3
+    assert row_of("name", module, served=True) == Row("name", "ToyExperts", True, "", 5, 3, 16, 12)
 
 
 @pytest.mark.parametrize("wrap", [nn.Sequential, lambda m: torch.compile(m, backend="eager")])

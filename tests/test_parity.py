@@ -69,6 +69,22 @@ def test_reentrant_checkpointing(family):
     assert_close(loss_and_gradients(ours, tokens()), loss_and_gradients(eager, tokens()))
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_checkpointing_under_autocast_changes_no_bit(family):
+    """TRL's default: fp32 weights, bf16 autocast, checkpointing; the gradients stay fp32."""
+    got = {}
+    for checkpointing in (False, True):
+        model = tiny_model(family, "fastexperts").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got[checkpointing] = loss_and_gradients(model, tokens())
+    assert all(tensor.dtype == torch.float32 for name, tensor in got[True].items() if name != "logits")
+    assert_close(got[True], got[False], tolerance=0)
+    exact = loss_and_gradients(tiny_model(family, "eager").train(), tokens())
+    assert 2**-12 < relative(got[True]["logits"], exact["logits"]) < 0.05, "bf16, and near"
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe"])
 def test_the_auxiliary_loss_trains_the_router_alike(family):
     losses, routers = [], []
