@@ -20,7 +20,6 @@ from support_hf import (
     toy_experts,
 )
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModelForCausalLM
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
@@ -247,55 +246,6 @@ def test_autocast_keeps_the_dtypes_of_eager_and_its_error():
         floor = 2**-8 if name == "weight" else 2**-9
         assert relative(got[name], wanted) <= 2 * max(relative(eager[name], wanted), floor), name
     assert relative(got["out"], exact["out"]) > 2**-12, "the products ran in bf16"
-
-
-def test_a_compiled_forward_is_our_two_ops_and_views():
-    torch._dynamo.reset()
-    graphs = []
-
-    def keep(graph, example_inputs):
-        graphs.append({node.target for node in graph.graph.nodes if node.op == "call_function"})
-        return graph.forward
-
-    module = toy_experts(gate=clamped, values={"limit": 2.0})
-    with torch.no_grad():
-        torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(*layer_inputs(module))
-    (targets,) = graphs
-    names = {str(target) for target in targets if "getitem" not in str(target)}
-    assert names == {"fastexperts.route.default", "fastexperts.moe_mlp.default", "aten.view.default"}
-
-
-@pytest.mark.parametrize("enabled_first", [False, True])
-def test_compiles_without_a_graph_break(enabled_first):
-    torch._dynamo.reset()
-    module = toy_experts(gate=clamped, values={"limit": 2.0})
-    if enabled_first:
-        activation_of(module)
-    inputs = layer_inputs(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    got = outputs_and_gradients(compiled, module, inputs)
-    assert_close(got, outputs_and_gradients(module, module, inputs), tolerance=0)
-
-
-def test_a_value_changed_after_compilation_is_compared_again():
-    torch._dynamo.reset()
-    module = toy_experts(gate=clamped, values={"limit": 2.0})
-    inputs = layer_inputs(module)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    before = compiled(*inputs)
-    module.limit = 0.25
-    assert_close(
-        outputs_and_gradients(compiled, module, inputs),
-        outputs_and_gradients(module, module, inputs),
-        tolerance=0,
-    )
-    assert not torch.equal(before, compiled(*inputs))
-    # On the instance: torch.compile sees no method that is patched on a class after compilation.
-    module._apply_gate = lambda h: 2 * clamped(module, h)
-    with pytest.raises(
-        (FastexpertsError, torch._dynamo.exc.TorchDynamoException), match="no Activation equals"
-    ):
-        compiled(*inputs)
 
 
 def test_peft_parametrized_weights_are_read_folded():
