@@ -1,4 +1,4 @@
-"""The adapter under torch.compile: one graph, the same gradients, and a gate that is compared while tracing."""
+"""The adapter under torch.compile: one graph, the same gradients, a gate that is compared while tracing."""
 
 import pytest
 import torch
