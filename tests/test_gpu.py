@@ -1,0 +1,235 @@
+"""The Triton kernels on a GPU at the shapes of real models: error rule, graphs, determinism."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from spies import spy_backend, spy_operands
+from support import Error, load_benchmark
+from torch import Tensor
+
+from fastexperts import moe_mlp, moe_mlp_reference
+
+pytestmark = pytest.mark.gpu
+shapes = load_benchmark("shapes")
+
+FAMILIES = ("qwen3-30b", "deepseek-v3-e32", "ernie4.5-21b", "glm4.5-air", "dots1")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROUTED = ((4096, "balanced"), (1000, "skewed"))
+SMALL = shapes.Shape("small", 512, 256, 16, 4)
+NAMES = ("out", "dx", "dweight", "dw1", "dw2")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one call; routing weights are fp32, as routers give them."""
+
+    x: Tensor
+    ids: Tensor
+    weight: Tensor
+    w1: Tensor
+    w2: Tensor
+    dout: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.x, self.weight, self.w1, self.w2
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32():
+    """The eager loop is what it says: no TF32."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.cuda.empty_cache()
+
+
+def build(shape, tokens, kind="balanced", dtype=torch.bfloat16, weights=None, seed=0) -> Inputs:
+    """Pre-activations, v and each expert's outputs are about N(0, 1)."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    d, f = shape.dim_d, shape.dim_f
+
+    def normal(*dims: int, of: torch.dtype, scale: float = 1.0) -> Tensor:
+        return torch.randn(*dims, generator=generator, device="cuda", dtype=of).mul_(scale)
+
+    ids, weight = shapes.routing(shape, tokens, kind, "cuda", seed)
+    return Inputs(
+        x=normal(tokens, d, of=dtype),
+        ids=ids,
+        weight=weight,
+        w1=normal(shape.experts, 2 * f, d, of=weights or dtype, scale=d**-0.5),
+        w2=normal(shape.experts, d, f, of=weights or dtype, scale=f**-0.5),
+        dout=normal(tokens, d, of=dtype),
+    )
+
+
+def ours(inputs: Inputs, function=moe_mlp, **options) -> dict[str, Tensor]:
+    x, weight, w1, w2 = leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves]
+    out = function(x, inputs.ids, weight, w1, w2, **options)
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, inputs.dout)), strict=True))
+
+
+class Loop:
+    """The loop reference run expert by expert in one dtype, so that at most one expert is ever in fp64."""
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype | None) -> None:
+        self.inputs, self.dtype = inputs, dtype
+        self.x, self.weight = (self._leaf(leaf) for leaf in (inputs.x, inputs.weight))
+        self.out = torch.zeros_like(self.x)
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.dtype or tensor.dtype, copy=True).requires_grad_()
+
+    def expert(self, e: int) -> tuple[Tensor, Tensor]:
+        """(dw1, dw2) of expert `e`; adds its part to out and to the gradients of x and weight."""
+        w1, w2 = (self._leaf(w[e : e + 1]) for w in (self.inputs.w1, self.inputs.w2))
+        ids = torch.where(self.inputs.ids == e, 0, -1)
+        out = moe_mlp_reference(self.x, ids, self.weight, w1, w2)
+        out.backward(self.inputs.dout.to(out.dtype))
+        self.out = self.out.detach() + out.detach()
+        return w1.grad, w2.grad
+
+
+def check(inputs: Inputs, out: dict[str, Tensor], dtype: torch.dtype, *, autocast: bool = False) -> None:
+    """Every tensor of `out` by the rule of numerics.md."""
+    eager, ref = Loop(inputs, None), Loop(inputs, torch.float64)
+    errors = {name: Error(name, dtype) for name in NAMES}
+    for e in range(inputs.w1.shape[0]):
+        with torch.autocast("cuda", dtype=dtype, enabled=autocast):
+            dw_eager = eager.expert(e)
+        for name, of_eager, of_ref in zip(("dw1", "dw2"), dw_eager, ref.expert(e), strict=True):
+            errors[name].add(out[name][e : e + 1], of_eager, of_ref)
+    errors["out"].add(out["out"], eager.out, ref.out)
+    errors["dx"].add(out["dx"], eager.x.grad, ref.x.grad)
+    errors["dweight"].add(out["dweight"], eager.weight.grad, ref.weight.grad)
+    for error in errors.values():
+        error.check()
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "kind"), ROUTED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_shapes(family, tokens, kind, dtype):
+    inputs = build(shapes.SHAPES[family], tokens, kind, dtype)
+    with spy_operands() as operands, spy_backend() as calls:
+        out = ours(inputs)
+    assert {backend for backend, _ in calls} == {"kernels"}
+    descriptors = torch.cuda.get_device_capability() >= (9, 0)
+    assert {path for _, path in operands} == {"descriptor" if descriptors else "pointer"}
+    assert [out[name].dtype for name in NAMES] == [dtype, dtype, torch.float32, dtype, dtype]
+    check(inputs, out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_tensor_descriptors(dtype, monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_TMA", "0")
+    inputs = build(shapes.SHAPES["qwen3-30b"], 1000, "skewed", dtype)
+    with spy_operands() as operands:
+        out = ours(inputs)
+    assert {path for _, path in operands} == {"pointer"}
+    check(inputs, out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_odd_dims_take_pointers(dtype):
+    inputs = build(shapes.Shape("odd", 97, 47, 5, 3), 333, "skewed", dtype)
+    with spy_operands() as operands:
+        out = ours(inputs)
+    assert {path for _, path in operands} == {"pointer"}
+    check(inputs, out, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_weights_under_autocast(dtype):
+    inputs = build(shapes.SHAPES["qwen3-30b"], 1000, "balanced", torch.float32)
+    with torch.autocast("cuda", dtype=dtype):
+        out = ours(inputs)
+    assert {tensor.dtype for tensor in out.values()} == {torch.float32}
+    check(inputs, out, dtype, autocast=True)
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_no_host_synchronisation(weights):
+    inputs = build(shapes.SHAPES["qwen3-30b"], 1000, weights=weights)
+    warm = ours(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = ours(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert equal(out, warm)
+
+
+def test_sync_debug_mode_would_have_told():
+    ids = torch.zeros(1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            ids.item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_twenty_runs_are_bitwise_equal():
+    inputs = build(shapes.SHAPES["qwen3-30b"], 4096, "skewed")
+    first = ours(inputs)
+    assert all(equal(ours(inputs), first) for _ in range(19))
+
+
+def test_a_tokens_row_does_not_depend_on_its_mates():
+    inputs = build(shapes.SHAPES["qwen3-30b"], 1000, "skewed")
+    whole = ours(inputs)
+    pick = torch.arange(0, 1000, 7, device="cuda")
+    few = Inputs(
+        inputs.x[pick], inputs.ids[pick], inputs.weight[pick], inputs.w1, inputs.w2, inputs.dout[pick]
+    )
+    part = ours(few)
+    for name in ("out", "dx", "dweight"):
+        assert torch.equal(part[name], whole[name][pick])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_whole_by_inductor(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(moe_mlp, fullgraph=True, dynamic=dynamic)
+    for tokens in (200, 333) if dynamic else (200,):
+        inputs = build(SMALL, tokens)
+        with spy_backend() as calls:
+            out = ours(inputs, compiled)
+        assert {backend for backend, _ in calls} == {"kernels"}
+        assert equal(out, ours(inputs))
+
+
+def test_a_cuda_graph_replays_any_routing():
+    inputs = build(SMALL, 300)
+    ours(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ours(inputs)
+    for seed, kind in enumerate(("skewed", "balanced", "skewed"), start=1):
+        ids, weight = shapes.routing(SMALL, 300, kind, "cuda", seed)
+        inputs.ids.copy_(ids)
+        inputs.weight.copy_(weight)
+        graph.replay()
+        replayed = {name: tensor.clone() for name, tensor in captured.items()}
+        assert equal(replayed, ours(inputs))
+        check(inputs, replayed, torch.bfloat16)
+
+
+def test_nothing_is_kept_but_x_and_h():
+    """Between the passes: h, a, the routing, and no copy of a weight."""
+    shape = shapes.SHAPES["qwen3-30b"]
+    inputs = build(shape, 1000)
+    leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves]
+    ours(inputs)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    out = moe_mlp(leaves[0], inputs.ids, *leaves[1:])
+    kept = torch.cuda.memory_allocated() - before - out.nbytes
+    rows = 1000 * shape.top_k
+    assert rows * 2 * shape.dim_f * 2 <= kept <= rows * 2 * shape.dim_f * 2 + 2**22
