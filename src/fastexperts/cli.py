@@ -1,0 +1,96 @@
+"""The command line, `fastexperts train RECIPE.yaml` and `fastexperts demo`: thin calls into the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastexperts.errors import FastexpertsError
+
+app = typer.Typer(
+    help="Train mixture-of-experts models on fused experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the run; it has to be new or empty.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastexperts {import_module('fastexperts').__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; examples/recipe.yaml explains each setting.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the recipe's output_dir.")
+    ] = False,
+    output: Output = None,
+    steps: Steps = None,
+) -> None:
+    """Train a model as a recipe says; under `accelerate launch` or `torchrun`, as one of its processes."""
+    quiet_libraries()
+    from fastexperts.train.recipe import load_recipe
+
+    changes: dict[str, Any] = {"output_dir": str(output.resolve())} if output else {}
+    if steps is not None:
+        changes |= {"training.steps": steps, "training.epochs": None}
+    checked = load_recipe(recipe, **changes)
+    from fastexperts.train.sft import train as run
+
+    result = run(checked, resume=resume)
+    if result.trainer.is_world_process_zero():
+        typer.echo(
+            f"Loss {result.losses[-1][1]:.4f} after {result.losses[-1][0]} steps; {result.model_folder}"
+        )
+
+
+@app.command()
+def demo(output: Output = None, steps: Steps = None) -> None:
+    """Train a small model on the standard library's text and prove the result against plain transformers."""
+    # Everything is at hand: no hub is asked, and none can delay the start.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet_libraries()
+    from fastexperts.train.demo import STEPS, run_demo
+
+    if not run_demo(output, steps=steps or STEPS).passed:
+        typer.echo("Error: a check failed, see the table. Please report it, with report.json.", err=True)
+        raise typer.Exit(1)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own progress bars and advice: this process prints one bar and its results."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def main() -> None:
+    """The console script: what users can repair exits with 2 and one message, without a traceback."""
+    try:
+        app()
+    except FastexpertsError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
