@@ -39,7 +39,7 @@ def layer_passes(
     block_m = ops.block_m(x_TD.device, dtype)
     row, pair, offsets, schedule = ops.route(ids_TK, e, block_m)
     h_PG, a_PF = ops.up(x_TD, w1_ECFD, pair, offsets, schedule, k, *SWIGLU, True)
-    x_PD = ops.gather(x_TD, pair, k)
+    x_PD = ops.gather(x_TD, row, pair, k)
 
     def dh() -> tuple[Tensor, Tensor, Tensor]:
         return ops.dh(x_PD, w2_EDF, h_PG, weight_TK, row, pair, offsets, schedule, *SWIGLU, True, True, True)
@@ -47,7 +47,7 @@ def layer_passes(
     dh_PG, wa_PF, _ = dh()
     gemm, pairs, size = 2 * tokens * k * d * f, tokens * k, dtype.itemsize
     x_bytes, rows_d, rows_f, w = size * tokens * d, size * pairs * d, size * pairs * f, size * e * d * f
-    gather = Pass(0, x_bytes + rows_d, lambda: ops.gather(x_TD, pair, k))
+    gather = Pass(0, x_bytes + rows_d, lambda: ops.gather(x_TD, row, pair, k))
     combine = Pass(0, x_bytes + rows_d, lambda: ops.combine(x_PD, weight_TK, row, k, dtype))
     return {
         "route": Pass(0, 16 * pairs, lambda: ops.route(ids_TK, e, block_m)[0]),

@@ -29,7 +29,7 @@ def up(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
-    x_PD = gather(x_TD, pair_of_row_P, top_k)
+    x_PD = x_TD[pair_of_row_P.clamp(min=0) // top_k]
     h_PG = torch.cat([_rows_mm(x_PD, w.transpose(1, 2), offsets_E1) for w in w1_ECFD.unbind(1)], dim=1)
     return h_PG if keep_h else h_PG[:0].clone(), activation.forward(h_PG)
 
@@ -72,7 +72,7 @@ def dh(
     )
 
 
-def gather(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
+def gather(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
     return x_TD[pair_of_row_P.clamp(min=0) // top_k]
 
 

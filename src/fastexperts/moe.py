@@ -57,7 +57,7 @@ def backward(
     need_dx, need_dweight, need_dw1, need_dw2 = needs
     dx_TD = dweight_TK = dw1_ECFD = dw2_EDF = None
 
-    dout_PD = ops.gather(dout_TD.to(dtype).contiguous(), r.pair_of_row_P, r.top_k)
+    dout_PD = ops.gather(dout_TD.to(dtype), r.row_of_pair_P, r.pair_of_row_P, r.top_k)
     dh_PG, wa_PF, dweight_TK = ops.dh(
         dout_PD, w2_EDF.to(dtype), h_PG, weight_TK, *r.tensors, activation.fn, activation.params,
         need_dx or need_dw1, need_dw2, need_dweight,
@@ -70,7 +70,7 @@ def backward(
         dx_TD = ops.combine(dx_PD, None, r.row_of_pair_P, r.top_k, x_TD.dtype)
         del dx_PD
     if need_dw1:
-        x_PD = ops.gather(x_TD.to(dtype), r.pair_of_row_P, r.top_k)
+        x_PD = ops.gather(x_TD.to(dtype), r.row_of_pair_P, r.pair_of_row_P, r.top_k)
         dw1_ECFD = ops.dw1(dh_PG, x_PD, r.offsets_E1, w1_ECFD)
     return dx_TD, dweight_TK if need_dweight else None, dw1_ECFD, dw2_EDF
 
@@ -114,8 +114,9 @@ def moe_mlp(
     w1, w2 = as_weight(w1), as_weight(w2)
     if dtype is None:
         device = x_TD.device.type
-        # "meta" has no autocast, and asking raises
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(
+            device
+        )  # "meta" has none, and asking raises
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     check_moe_mlp(x_TD, ids_TK, weight_TK, w1, w2, activation, dtype, expert_parallel)
     w1_ECFD, w2_EDF = w1.parts(activation.parts), w2.out_in

@@ -77,13 +77,13 @@ def _(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, T
 
 
 @torch.library.custom_op("fastexperts::gather", mutates_args=())
-def gather(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
+def gather(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
     """x_PD[row] = x_TD[token of row]."""
-    return _implementation(x_TD).gather(x_TD, pair_of_row_P, top_k)
+    return _implementation(x_TD).gather(x_TD, row_of_pair_P, pair_of_row_P, top_k)
 
 
 @gather.register_fake
-def _(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
+def _(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
     return x_TD.new_empty((pair_of_row_P.shape[0], x_TD.shape[1]))
 
 

@@ -44,23 +44,23 @@ def _combine(
 
 @triton.jit
 def _gather(
-    p_x,  # [T, D], rows `stride_x` apart
-    p_pair_of_row,  # [P]
+    p_x,  # [T, D], rows `stride_t`, columns `stride_d` apart
+    p_row_of_pair,  # [P]
     p_out,  # [P, D]
-    stride_x,
+    stride_t,
+    stride_d,
     dim_d,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (P, D blocks): one program copies BLOCK_D columns of one row; rows that hold nothing stay
-    unwritten.
-    """
-    i_p = tl.program_id(0).to(tl.int64)
-    pair = tl.load(p_pair_of_row + i_p)
+    """Grid (T, D blocks): one program reads BLOCK_D columns of one token once and writes them to its K rows."""
+    i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = (o_d < dim_d) & (pair >= 0)
-    x = tl.load(p_x + (pair // TOP_K).to(tl.int64) * stride_x + o_d, mask=m_d)
-    tl.store(p_out + i_p * dim_d + o_d, x, mask=m_d)
+    m_d = o_d < dim_d
+    x = tl.load(p_x + i_t * stride_t + o_d * stride_d, mask=m_d)
+    for k in tl.static_range(TOP_K):
+        row = tl.load(p_row_of_pair + i_t * TOP_K + k).to(tl.int64)
+        tl.store(p_out + row * dim_d + o_d, x, mask=m_d & (row >= 0))
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
@@ -99,15 +99,14 @@ def combine(
     return out_TD
 
 
-def gather(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
+def gather(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
     """Launch `_gather`; see ops.gather."""
-    num_pairs, dim_d = pair_of_row_P.shape[0], x_TD.shape[1]
-    x_PD = x_TD.new_empty((num_pairs, dim_d))
+    num_tokens, dim_d = x_TD.shape
+    x_PD = x_TD.new_empty((row_of_pair_P.shape[0], dim_d))
     if x_PD.numel():
-        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
         block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
-        _gather[(num_pairs, triton.cdiv(dim_d, block))](
-            x_TD, pair_of_row_P, x_PD, x_TD.stride(0), dim_d, TOP_K=top_k, BLOCK_D=block
+        _gather[(num_tokens, triton.cdiv(dim_d, block))](
+            x_TD, row_of_pair_P, x_PD, *x_TD.stride(), dim_d, TOP_K=top_k, BLOCK_D=block
         )
     return x_PD
 

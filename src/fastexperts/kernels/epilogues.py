@@ -17,7 +17,7 @@ from fastexperts.kernels.activation import act_forward, act_vjp
 
 
 @triton.jit
-def _halves(block):
+def halves(block):
     """The left and right half of the columns; in registers, since a thread holds whole runs of a row."""
     BM: tl.constexpr = block.shape[0]
     HALF: tl.constexpr = block.shape[1] // 2
@@ -30,7 +30,7 @@ def store_plain(acc, p_out, n0, N, m_m, SUBTILES: tl.constexpr):
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
     if SUBTILES > 1:
-        left, right = _halves(acc)
+        left, right = halves(acc)
         store_plain(left, p_out, n0, N, m_m, SUBTILES // 2)
         store_plain(right, p_out, n0 + BN // 2, N, m_m, SUBTILES // 2)
     else:
@@ -50,8 +50,8 @@ def store_act(
     BN: tl.constexpr = g.shape[1]
     WIDTH: tl.constexpr = 2 if GATED else 1
     if SUBTILES > 1:
-        g0, g1 = _halves(g)
-        u0, u1 = _halves(u)
+        g0, g1 = halves(g)
+        u0, u1 = halves(u)
         store_act(g0, u0, p_out, p_h, n0, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2)
         n1 = n0 + BN // 2
         store_act(g1, u1, p_out, p_h, n1, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2)
@@ -84,7 +84,7 @@ def store_dact(
     BN: tl.constexpr = v.shape[1]
     WIDTH: tl.constexpr = 2 if GATED else 1
     if SUBTILES > 1:
-        v0, v1 = _halves(v)
+        v0, v1 = halves(v)
         left = store_dact(
             v0, p_out, p_h, p_dh, weight, n0, N, m_m, STORE_OUT, STORE_DH,
             FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2,

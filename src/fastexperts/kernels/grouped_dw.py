@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastexperts.kernels import tiles
+from fastexperts.kernels.epilogues import halves
 from fastexperts.kernels.operands import accumulator, is_descriptor, operand, precision, processors
 
 
@@ -34,14 +35,27 @@ def _load_rows(X, row0, end, col0, o_col, stride, BK: tl.constexpr, TMA: tl.cons
 
 
 @triton.jit
+def _store_descriptor(acc, out, i_e, part, m0, n0, SUBTILES: tl.constexpr):
+    """One expert's block through the descriptor `out`, in SUBTILES column slices; what lies outside is dropped."""
+    BM: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    if SUBTILES > 1:
+        left, right = halves(acc)
+        _store_descriptor(left, out, i_e, part, m0, n0, SUBTILES // 2)
+        _store_descriptor(right, out, i_e, part, m0, n0 + BN // 2, SUBTILES // 2)
+    else:
+        out.store([i_e, part, m0, n0], acc.to(out.dtype).reshape(1, 1, BM, BN))
+
+
+@triton.jit
 def _grouped_dw(
     A,  # descriptor or pointer: [P, C * M]
     B,  # descriptor or pointer: [P, N]
-    p_out,  # (E, C, M, N), strided
+    out,  # descriptor or pointer: (E, C, M, N)
     p_offsets,  # [E + 1]
     stride_a, stride_b, stride_oe, stride_oc, stride_om, stride_on, num_experts, parts, M, N,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SUBTILES: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent: each program owns every programs-th block [BM, BN] of one part of one
     expert.
@@ -75,10 +89,13 @@ def _grouped_dw(
             b = _load_rows(B, full_end, end, n0, safe_n, stride_b, BK, B_TMA, True)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
-        p_block = p_out + i_e.to(tl.int64) * stride_oe + part * stride_oc
-        p_block += o_m[:, None].to(tl.int64) * stride_om + o_n[None, :] * stride_on
-        m_block = (o_m < M)[:, None] & (o_n < N)[None, :]
-        tl.store(p_block, acc.to(p_out.dtype.element_ty), mask=m_block)
+        if OUT_TMA:
+            _store_descriptor(acc, out, i_e, part, m0, n0, SUBTILES)
+        else:
+            p_block = out + i_e.to(tl.int64) * stride_oe + part * stride_oc
+            p_block += o_m[:, None].to(tl.int64) * stride_om + o_n[None, :] * stride_on
+            m_block = (o_m < M)[:, None] & (o_n < N)[None, :]
+            tl.store(p_block, acc.to(out.dtype.element_ty), mask=m_block)
 
 
 def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
@@ -92,12 +109,16 @@ def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) 
     tile = tiles.tile(rows_PM.device, rows_PM.dtype, "dw")
     a_op = operand(rows_PM, [tile.k, tile.m], parts)
     b_op = operand(rows_PN, [tile.k, tile.n])
+    # the store goes through shared memory: fp32 gradients of bf16 operands in as many more slices
+    subtiles = tile.subtiles * max(1, out_ECMN.element_size() // rows_PM.element_size())
+    out_op = operand(out_ECMN, [1, 1, tile.m, tile.n // subtiles])
     num_tiles = num_experts * parts * triton.cdiv(dim_m, tile.m) * triton.cdiv(dim_n, tile.n)
     programs = min(num_tiles, processors(rows_PM.device) * tile.programs_per_sm or num_tiles)
     _grouped_dw[(programs,)](
-        a_op, b_op, out_ECMN, offsets_E1, rows_PM.stride(0), rows_PN.stride(0), *out_ECMN.stride(),
+        a_op, b_op, out_op, offsets_E1, rows_PM.stride(0), rows_PN.stride(0), *out_ECMN.stride(),
         num_experts, parts, dim_m, dim_n, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group,
-        A_TMA=is_descriptor(a_op), B_TMA=is_descriptor(b_op), ACC=accumulator(rows_PM.dtype),
+        SUBTILES=subtiles, A_TMA=is_descriptor(a_op), B_TMA=is_descriptor(b_op),
+        OUT_TMA=is_descriptor(out_op), ACC=accumulator(rows_PM.dtype),
         PRECISION=precision(rows_PM.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_ECMN

@@ -193,6 +193,9 @@ def _launch(
     """
     tile = tiles.tile(a.device, a.dtype, name)
     rows = a.shape[0] if gather is None else gather[0].shape[0]
+    if kn and w_EC__.stride(1) == w_EC__.shape[2] * w_EC__.stride(2):
+        # parts that follow each other are one longer contraction: no division in the inner loop
+        w_EC__ = w_EC__.flatten(1, 2)[:, None]
     _, parts, *dims = w_EC__.shape
     dim_k, dim_n = dims if kn else dims[::-1]
     parts_k = parts if kn else 1

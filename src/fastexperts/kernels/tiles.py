@@ -46,10 +46,10 @@ def _small(m: int) -> dict[str, Tile]:
 TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("sm90", 2): {
         "up": Tile(128, 128, 64, programs_per_sm=0, subtiles=4),
-        "down": Tile(128, 256, 64, flatten=True),
+        "down": Tile(128, 256, 64, stages=3, flatten=True, subtiles=4),
         "dh": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=8),
-        "dx": Tile(128, 256, 64),
-        "dw": Tile(128, 256, 64, stages=3),
+        "dx": Tile(128, 256, 64, stages=3, group=16, flatten=True, subtiles=2),
+        "dw": Tile(128, 256, 64, stages=3, subtiles=2),
     },
     ("sm80", 2): {
         "up": Tile(128, 64, 64, stages=3),
