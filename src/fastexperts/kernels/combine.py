@@ -53,7 +53,7 @@ def _gather(
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (T, D blocks): one program reads BLOCK_D columns of one token once and writes them to its K rows."""
+    """Grid (T, D blocks): one program reads BLOCK_D columns of a token once and writes them to its K rows."""
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < dim_d

@@ -36,7 +36,7 @@ def _load_rows(X, row0, end, col0, o_col, stride, BK: tl.constexpr, TMA: tl.cons
 
 @triton.jit
 def _store_descriptor(acc, out, i_e, part, m0, n0, SUBTILES: tl.constexpr):
-    """One expert's block through the descriptor `out`, in SUBTILES column slices; what lies outside is dropped."""
+    """One block through the descriptor `out`, in SUBTILES column slices; what lies outside is dropped."""
     BM: tl.constexpr = acc.shape[0]
     BN: tl.constexpr = acc.shape[1]
     if SUBTILES > 1:
@@ -55,7 +55,8 @@ def _grouped_dw(
     p_offsets,  # [E + 1]
     stride_a, stride_b, stride_oe, stride_oc, stride_om, stride_on, num_experts, parts, M, N,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SUBTILES: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SUBTILES: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent: each program owns every programs-th block [BM, BN] of one part of one
     expert.
