@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -82,7 +84,11 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
+    # Names that change with transformers' versions are TRL's business as much as ours.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     datasets.disable_progress_bars()
+    # It logs what it raises, and what it raises becomes our one message.
+    datasets.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

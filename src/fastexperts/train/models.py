@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from fastexperts.errors import refuse
+from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.experts import NAME, register
 from fastexperts.train.recipe import ModelSettings
 from fastexperts.train.tokenizer import byte_tokenizer
@@ -86,17 +86,32 @@ def load_model(settings: ModelSettings, tokenizer: Any, dtype: Any, seed: int) -
     if settings.config is not None:
         set_seed(seed)
         config = tiny_config(settings.config, settings.overrides, tokenizer)
-        return AutoModelForCausalLM.from_config(config, **options)
-    path = str(settings.path)
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        needs = "a folder or hub name with a causal language model"
-        raise _not_loadable("model.path", path, needs, error) from error
+        try:
+            model = AutoModelForCausalLM.from_config(config, **options)
+        except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+            raise _impossible(settings.config, settings.overrides, error) from error
+    else:
+        path = str(settings.path)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            needs = "a folder or hub name with a causal language model"
+            raise _not_loadable("model.path", path, needs, error) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise refuse(
+            "recipe",
+            "model.tokenizer",
+            got=f"{len(tokenizer)} tokens, and the model has embeddings of {rows}",
+            needs="a tokenizer that the model was made for",
+            way_out="Leave `model.tokenizer` out, or name the model's own.",
+        )
+    return model
 
 
 def tiny_config(name: str, overrides: dict[str, Any], tokenizer: Any) -> Any:
     """The named small config with `overrides`; each must be a setting that the architecture has."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     model_type, settings = CONFIGS[name]
@@ -122,13 +137,17 @@ def tiny_config(name: str, overrides: dict[str, Any], tokenizer: Any) -> Any:
     }
     try:
         return AutoConfig.for_model(model_type, **(settings | special | overrides))
-    except (ValueError, TypeError) as error:
-        raise refuse(
-            "recipe", "model.overrides", got=overrides, needs=f"what {model_type} accepts", way_out=str(error)
-        ) from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise _impossible(name, overrides, error) from error
 
 
-def _not_loadable(name: str, source: str, needs: str, error: Exception) -> Exception:
+def _impossible(name: str, overrides: dict[str, Any], error: Exception) -> FastexpertsError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    needs = f"settings that make a model of {name}"
+    return refuse("recipe", "model.overrides", got=overrides, needs=needs, way_out=f"Change them ({reason}).")
+
+
+def _not_loadable(name: str, source: str, needs: str, error: Exception) -> FastexpertsError:
     local = Path(source).is_absolute() or source.startswith((".", "~"))
     if local and not Path(source).is_dir():
         got, way_out = (

@@ -50,7 +50,8 @@ def prove(model: Any, checkpoint: Path, batch: dict[str, torch.Tensor]) -> list[
 
     Logits and the gradients of one step's loss (auxiliary loss included) on `batch`, the weights bit by bit,
     the per-expert keys of the file, and that the one side ran fastexperts' ops and the other none. The
-    reference is eager in fp64; eager in fp32 says how near fp32 can come.
+    reference is eager in fp64, but for what transformers' models always do in fp32 (norms, softmax, loss);
+    eager in fp32 says how near fp32 can come.
     """
     eager = _reload(model, checkpoint, torch.float32)
     weights, stored = model.state_dict(), eager.state_dict()

@@ -94,13 +94,13 @@ def _prepare(
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
     summary = enable(model, verbose=False)
-    console.print(str(summary), highlight=False)
+    console.print(str(summary), highlight=False, soft_wrap=True)
 
     checkpoint, notes = _agree(
         lambda: open_run(recipe, resume=resume, world_size=arguments.world_size), arguments
     )
     for note in notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, soft_wrap=True)
     trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks)
     if recipe.data.packing:
         _prove_isolation(trainer, console)
