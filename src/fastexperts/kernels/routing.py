@@ -87,12 +87,12 @@ def _place(
 
     o_p = i_b * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < num_pairs
-    id_ = tl.load(p_ids + o_p, mask=m_p, other=-1).to(tl.int32)
+    id_ = tl.load(p_ids + o_p, mask=m_p, other=-1)
     valid = (id_ >= 0) & (id_ < num_experts)
+    id_ = tl.where(valid, id_, num_experts).to(tl.int32)  # after the test: 2^32 is no expert
     # pairs without an expert form one more group behind the last row; its earlier members are what is not
     # counted
-    group = tl.where(valid, id_, num_experts)
-    earlier = (group[None, :] == group[:, None]) & (o_p[None, :] < o_p[:, None])
+    earlier = (id_[None, :] == id_[:, None]) & (o_p[None, :] < o_p[:, None])
     rank = tl.sum(earlier.to(tl.int32), 1)
     counted = tl.load(p_count + i_b * num_experts + o_e, mask=o_e < num_experts, other=0)
     base = tl.gather(end - total + counted, tl.where(valid, id_, 0), 0)

@@ -1,0 +1,109 @@
+"""Every activation row: its derivative against autograd, its value against transformers, its Triton form."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from support import ACTIVATION_ROWS, Case, check_case
+from transformers.activations import ACT2FN
+
+from fastexperts import ACTIVATIONS, Activation, FastexpertsError
+from fastexperts.activations import FUNCTIONS, SWIGLU, resolve
+
+THEIR_NAME = {"gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def pre_activations(rows=400, columns=8):
+    """Spread beyond every limit in use, 7 included; never a kink exactly."""
+    return torch.randn(rows, columns, dtype=torch.float64) * 4
+
+
+@pytest.mark.parametrize("name", ACTIVATION_ROWS)
+def test_vjp_is_the_derivative_of_forward(name):
+    act = ACTIVATION_ROWS[name]
+    h = pre_activations().requires_grad_()
+    a = act.forward(h)
+    da = torch.randn_like(a)
+    (expected,) = torch.autograd.grad(a, h, da)
+    a_again, dh = act.vjp(h.detach(), da)
+    torch.testing.assert_close(a_again, a.detach(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(dh, expected, rtol=1e-12, atol=1e-12)
+    assert a.shape[1] * act.parts == h.shape[1]
+
+
+@pytest.mark.parametrize("name", ["swiglu clamped", "gpt_oss clamped", "gelu clamped"])
+def test_clamps_bite_and_pass_their_bounds(name):
+    """Gradient as torch.clamp's: inside and at the bound it passes, beyond it does not."""
+    act = ACTIVATION_ROWS[name]
+    limit = act.limit
+    g = torch.tensor([-9.0, limit - 0.1, limit, limit + 0.1, 9.0], dtype=torch.float64)
+    h = torch.stack([g, torch.ones_like(g) * 0.3], dim=1)[:, : act.parts].clone().requires_grad_()
+    a = act.forward(h)
+    (expected,) = torch.autograd.grad(a, h, torch.ones_like(a))
+    _, dh = act.vjp(h.detach(), torch.ones_like(a))
+    torch.testing.assert_close(dh, expected, rtol=1e-12, atol=1e-12)
+    assert (dh[3:, 0] == 0).all()
+    assert (dh[1:3, 0] != 0).all()
+
+
+@pytest.mark.parametrize("fn", FUNCTIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_values_are_those_of_transformers(fn, gated):
+    h, theirs = pre_activations(), ACT2FN[THEIR_NAME.get(fn, fn)]
+    act = Activation(fn, gated=gated)
+    g, u = h.chunk(2, dim=-1)
+    expected = theirs(g) * u if gated else theirs(h)
+    torch.testing.assert_close(act.forward(h), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gpt_oss_is_their_gate():
+    """transformers' GptOssExperts._apply_gate, whose gate and up are interleaved."""
+    h = pre_activations()
+    g, u = h.chunk(2, dim=-1)
+    g, u = g.clamp(max=7.0), u.clamp(-7.0, 7.0)
+    expected = (u + 1) * g * torch.sigmoid(1.702 * g)
+    torch.testing.assert_close(ACTIVATIONS["gpt_oss"].forward(h), expected, rtol=1e-12, atol=1e-12)
+    assert (h.abs() > 7).any()
+
+
+@pytest.mark.parametrize("name", ACTIVATION_ROWS)
+def test_triton_form(name, monkeypatch):
+    """Beyond the rows of the covering cases: fp64, all gradients, one tile."""
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    case = Case(5, 2, 1, (32, 16), activation=name, dtype=torch.float64)
+    assert case.act == ACTIVATION_ROWS[name]
+    check_case(case)
+
+
+@pytest.mark.parametrize("name", ACTIVATION_ROWS)
+def test_travels_through_a_schema(name):
+    act = ACTIVATION_ROWS[name]
+    assert Activation.of(act.fn, act.gated, act.params) == act
+
+
+def test_names_resolve_and_others_are_refused():
+    assert resolve("swiglu", "here") is SWIGLU
+    assert resolve(SWIGLU, "here") is SWIGLU
+    with pytest.raises(FastexpertsError, match=r"here: `activation` got 'swish'; .*swiglu.* Other gates"):
+        resolve("swish", "here")
+
+
+@pytest.mark.parametrize(
+    ("fields", "argument"),
+    [
+        ({"fn": "mish"}, "fn"),
+        ({"fn": "silu", "limit": 0.0}, "limit"),
+        ({"fn": "silu", "limit": math.nan}, "limit"),
+        ({"fn": "gelu", "alpha": 1.702}, "alpha"),
+    ],
+    ids=str,
+)
+def test_rows_that_mean_nothing_are_refused(fields, argument):
+    with pytest.raises(FastexpertsError, match=f"Activation: `{argument}` got"):
+        Activation(**fields)
+
+
+def test_rows_are_constants():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SWIGLU.limit = 1.0

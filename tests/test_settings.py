@@ -1,0 +1,104 @@
+"""Environment variables are read at the time of the call, and a wrong value is an error there."""
+
+import pytest
+import torch
+
+from fastexperts import FastexpertsError, moe_mlp, ops, settings
+from fastexperts.kernels import operands
+
+CPU = torch.device("cpu")
+FLAGS = {"FASTEXPERTS_CHECK": (settings.check_ids, False), "FASTEXPERTS_TMA": (settings.allow_tma, True)}
+
+
+def test_defaults(monkeypatch):
+    for name in ("FASTEXPERTS_BACKEND", *FLAGS):
+        monkeypatch.delenv(name, raising=False)
+    assert settings.backend() == "auto"
+    assert {read() for read, default in FLAGS.values() if default} == {True}
+    assert {read() for read, default in FLAGS.values() if not default} == {False}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags(name, monkeypatch):
+    read, _ = FLAGS[name]
+    for value, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv(name, value)
+        assert read() is expected
+    for wrong in ("true", "", "2"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(FastexpertsError, match=f"`{name}` got '{wrong}'; it needs 0 or 1. Unset it"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("value", "cpu", "cuda"),
+    [("auto", "torch", "triton"), ("triton", "triton", "triton"), ("torch", "torch", "torch")],
+)
+def test_backend(value, cpu, cuda, monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", value)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.backend_of(CPU) == cpu
+    assert ops.backend_of(torch.device("cuda")) == cuda
+
+
+def test_an_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "cutlass")
+    with pytest.raises(FastexpertsError, match="got 'cutlass'; it needs one of auto, triton, torch"):
+        settings.backend()
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(FastexpertsError, match=r"needs CUDA tensors, or TRITON_INTERPRET=1\. Unset FAST"):
+        ops.backend_of(CPU)
+
+
+def test_a_missing_triton_is_named(monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("builtins.__import__", _without_kernels(__import__))
+    x = torch.zeros(1, 1)
+    with pytest.raises(FastexpertsError, match=r"`triton` could not be imported .*Install triton"):
+        ops._implementation(x)
+
+
+def _without_kernels(original):
+    def imports(name, globals_=None, locals_=None, fromlist=(), level=0):
+        if name == "fastexperts" and "kernels" in (fromlist or ()):
+            raise ImportError("No module named 'triton'")
+        return original(name, globals_, locals_, fromlist, level)
+
+    return imports
+
+
+def test_descriptors_need_16_bytes(monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_TMA", "1")
+
+    def path(tensor, parts=1):
+        return (
+            "descriptor" if operands.is_descriptor(operands.operand(tensor, [16, 16], parts)) else "pointer"
+        )
+
+    base = torch.zeros(32, 40)
+    assert path(base) == "descriptor"
+    assert path(base[:, :39]) == "descriptor"
+    assert path(base[:, 1:]) == "pointer"
+    assert path(base[:, 4:]) == "descriptor"
+    assert path(base.t()) == "pointer"
+    assert path(torch.zeros(32, 39)) == "pointer"
+    assert path(base[:0]) == "pointer"
+    assert path(base[:1].expand(32, 40)) == "pointer"
+    assert path(base, parts=2) == "descriptor"
+    assert path(torch.zeros(32, 36), parts=2) == "pointer"
+    monkeypatch.setenv("FASTEXPERTS_TMA", "0")
+    assert path(base) == "pointer"
+
+
+def test_the_call_reads_them_anew(monkeypatch):
+    x, w = torch.ones(1, 2), torch.ones(1, 2, 2)
+    arguments = x, torch.tensor([[7]]), torch.ones(1, 1), torch.ones(1, 4, 2), w
+    assert torch.equal(moe_mlp(*arguments), torch.zeros(1, 2))
+    monkeypatch.setenv("FASTEXPERTS_CHECK", "1")
+    with pytest.raises(FastexpertsError, match="the id 7"):
+        moe_mlp(*arguments)
