@@ -16,7 +16,7 @@ from fastexperts.errors import FastexpertsError
 from fastexperts.train.models import load_model, load_tokenizer
 from fastexperts.train.recipe import ModelSettings, load_recipe, parse_recipe, with_absolute_paths
 from fastexperts.train.resume import fix_resume, last_checkpoint, load_weights, missing_parts
-from fastexperts.train.rundir import open_run
+from fastexperts.train.rundir import claim, find_start
 from fastexperts.train.sft import train
 
 PROCESS = Path(__file__).parent / "train_process.py"
@@ -167,8 +167,10 @@ def test_half_written_checkpoint_is_passed_over(finished_run, damage, lacks):
     found, incomplete = last_checkpoint(run)
     assert found == run / "checkpoint-2"
     assert lacks in ", ".join(incomplete[run / "checkpoint-4"])
-    checkpoint, notes = open_run(finished_run, resume=True)
-    assert checkpoint == run / "checkpoint-2"
+    start = find_start(finished_run, resume=True)
+    assert start.checkpoint == run / "checkpoint-2"
+    assert (run / "checkpoint-4").is_dir(), "looking changes nothing"
+    notes = claim(finished_run, start)
     assert "checkpoint-4 is incomplete" in notes[0]
     assert not (run / "checkpoint-4").exists(), "moved aside, so that two saves never mix"
     assert (run / "incomplete-checkpoint-4-1").is_dir()
@@ -192,20 +194,20 @@ def test_checkpoint_of_two_processes_is_not_one_of_one(finished_run):
 
 def test_resume_refuses_what_it_cannot_continue(finished_run, tmp_path):
     with pytest.raises(FastexpertsError, match="holds no run"):
-        open_run(parse_recipe(settings(tmp_path) | {"output_dir": str(tmp_path / "none")}), resume=True)
+        find_start(parse_recipe(settings(tmp_path) | {"output_dir": str(tmp_path / "none")}), resume=True)
     with pytest.raises(FastexpertsError, match=r"training.learning_rate: 0.003 -> 0.1"):
-        open_run(parse_recipe(settings(tmp_path, steps=4, save_steps=2, learning_rate=0.1)), resume=True)
+        find_start(parse_recipe(settings(tmp_path, steps=4, save_steps=2, learning_rate=0.1)), resume=True)
     for path in Path(finished_run.output_dir).glob("checkpoint-*"):
         (path / "trainer_state.json").unlink()
     with pytest.raises(
         FastexpertsError, match=r"no complete checkpoint .*checkpoint-2 lacks trainer_state.json"
     ):
-        open_run(finished_run, resume=True)
+        find_start(finished_run, resume=True)
 
 
 def test_resume_may_change_how_often_it_logs_and_saves(finished_run, tmp_path):
     changed = parse_recipe(settings(tmp_path, steps=4, save_steps=1, logging_steps=3))
-    assert open_run(changed, resume=True)[0] == Path(finished_run.output_dir) / "checkpoint-4"
+    assert find_start(changed, resume=True).checkpoint == Path(finished_run.output_dir) / "checkpoint-4"
 
 
 @pytest.mark.parametrize("content", ["file.txt", "recipe.yaml", "checkpoint-5/model.safetensors"])
@@ -215,7 +217,7 @@ def test_a_new_run_writes_over_nothing(tmp_path, content):
     victim.parent.mkdir(parents=True)
     victim.write_text("mine")
     with pytest.raises(FastexpertsError, match=r"not empty.*--resume"):
-        open_run(recipe, resume=False)
+        find_start(recipe, resume=False)
     assert victim.read_text() == "mine"
     assert sorted(path for path in Path(recipe.output_dir).rglob("*") if path.is_file()) == [victim]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from fastexperts.errors import refuse
 from fastexperts.train.recipe import Recipe, differences, dump_recipe, parse_recipe
@@ -11,19 +12,26 @@ from fastexperts.train.resume import last_checkpoint
 RECIPE_FILE = "recipe.yaml"
 
 
-def open_run(recipe: Recipe, *, resume: bool, world_size: int = 1) -> tuple[Path | None, list[str]]:
-    """Claim the recipe's output folder; returns the checkpoint to resume from, and what the user should know.
+class Start(NamedTuple):
+    """Where a run starts: a checkpoint or None, and the newer checkpoints that are incomplete, with why."""
+
+    checkpoint: Path | None
+    incomplete: dict[Path, list[str]]
+
+
+def find_start(recipe: Recipe, *, resume: bool, world_size: int = 1) -> Start:
+    """Look at the recipe's output folder, and write nothing.
 
     Raises FastexpertsError if a new run would write over anything, or if there is nothing to resume.
     """
     run = Path(recipe.output_dir)
     if not resume:
-        _claim(run, recipe)
-        return None, []
+        _check_free(run)
+        return Start(None, {})
     _check_same_recipe(run, recipe)
-    checkpoint, incomplete = last_checkpoint(run, world_size)
-    if checkpoint is None:
-        lacks = "; ".join(f"{path.name} lacks {', '.join(missing)}" for path, missing in incomplete.items())
+    start = Start(*last_checkpoint(run, world_size))
+    if start.checkpoint is None:
+        lacks = "; ".join(f"{path.name} lacks {', '.join(what)}" for path, what in start.incomplete.items())
         raise refuse(
             "train",
             "--resume",
@@ -31,16 +39,33 @@ def open_run(recipe: Recipe, *, resume: bool, world_size: int = 1) -> tuple[Path
             needs=f"one, written by {world_size} process(es) as now",
             way_out="Start again with another --output.",
         )
+    return start
+
+
+def claim(recipe: Recipe, start: Start) -> list[str]:
+    """Make the folder this run's: write its recipe, or move half-written checkpoints aside. Returns notes."""
+    run = Path(recipe.output_dir)
+    if start.checkpoint is None:
+        _check_free(run)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            (run / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+        except OSError as error:
+            got, needs = f"{run} ({error.strerror})", "a folder that can be written"
+            raise refuse(
+                "train", "output_dir", got=got, needs=needs, way_out="Choose another one."
+            ) from error
+        return []
     notes = []
-    for path, missing in incomplete.items():
-        # Moved aside: saving into it again could mix the files of two saves.
+    for path, missing in start.incomplete.items():
+        # Saving into it again could mix the files of two saves.
         aside = _free_name(path)
         path.rename(aside)
         notes.append(f"{path.name} is incomplete (no {', '.join(missing)}) and was moved to {aside.name}.")
-    return checkpoint, [*notes, f"Resuming from {checkpoint}."]
+    return [*notes, f"Resuming from {start.checkpoint}."]
 
 
-def _claim(run: Path, recipe: Recipe) -> None:
+def _check_free(run: Path) -> None:
     if run.exists() and not run.is_dir():
         raise refuse(
             "train", "output_dir", got=f"{run}, a file", needs="a folder", way_out="Choose another name."
@@ -53,17 +78,6 @@ def _claim(run: Path, recipe: Recipe) -> None:
             needs="a new or empty folder",
             way_out="Pass --resume to continue that run, or --output with another folder.",
         )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-    except OSError as error:
-        raise refuse(
-            "train",
-            "output_dir",
-            got=f"{run} ({error.strerror})",
-            needs="a folder that can be written",
-            way_out="Choose another one.",
-        ) from error
 
 
 def _check_same_recipe(run: Path, recipe: Recipe) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,9 +18,10 @@ from fastexperts.train.data import check_isolation, load_documents
 from fastexperts.train.models import load_model, load_tokenizer
 from fastexperts.train.recipe import Recipe, TrainingSettings
 from fastexperts.train.resume import fix_resume
-from fastexperts.train.rundir import open_run
+from fastexperts.train.rundir import claim, find_start
 
 MODEL_FOLDER = "model"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def _prepare(
     arguments = sft_config(recipe)
     if arguments.process_index != 0:
         console = Console(quiet=True)
+    start = _on_first_rank(
+        arguments, lambda: find_start(recipe, resume=resume, world_size=arguments.world_size)
+    )
     tokenizer = load_tokenizer(recipe.model)
     documents = load_documents(recipe.data, recipe.training.seed)
     if documents.column == "messages" and tokenizer.chat_template is None:
@@ -93,18 +97,14 @@ def _prepare(
         )
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
-    summary = enable(model, verbose=False)
-    console.print(str(summary), highlight=False, soft_wrap=True)
-
-    checkpoint, notes = _agree(
-        lambda: open_run(recipe, resume=resume, world_size=arguments.world_size), arguments
-    )
-    for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
+    _check_auxiliary_loss(recipe.training, model.config.get_text_config())
+    console.print(str(enable(model, verbose=False)), highlight=False, soft_wrap=True)
     trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks)
     if recipe.data.packing:
         _prove_isolation(trainer, console)
-    return trainer, checkpoint, console
+    for note in _on_first_rank(arguments, lambda: claim(recipe, start)):
+        console.print(note, highlight=False, soft_wrap=True)
+    return trainer, start.checkpoint, console
 
 
 def make_trainer(
@@ -171,6 +171,7 @@ def sft_config(recipe: Recipe) -> Any:
         data_seed=settings.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
         bf16=_autocasts(settings),
+        use_cpu=not torch.cuda.is_available(),
         router_aux_loss_coef=settings.router_aux_loss_coef,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
@@ -221,12 +222,24 @@ def _check_installed(reports: list[str]) -> None:
             )
 
 
-def _agree(open_on_first_rank: Any, arguments: Any) -> Any:
-    """Run once, on the first rank, before anybody writes; every rank gets its result or raises its error."""
+def _check_auxiliary_loss(settings: TrainingSettings, config: Any) -> None:
+    # deepseek_v3 and its like have router logits to return, and no load-balancing loss made of them.
+    if settings.router_aux_loss_coef and not hasattr(config, "router_aux_loss_coef"):
+        raise refuse(
+            "recipe",
+            "training.router_aux_loss_coef",
+            got=f"{settings.router_aux_loss_coef} for {config.model_type}, which has no auxiliary loss",
+            needs="a model with one",
+            way_out="Leave it out.",
+        )
+
+
+def _on_first_rank(arguments: Any, act: Callable[[], Result]) -> Result:
+    """Act once, on the first rank; every rank gets the result or raises the error."""
     outcome: list[Any] = [None, None]
     if arguments.process_index == 0:
         try:
-            outcome[0] = open_on_first_rank()
+            outcome[0] = act()
         except FastexpertsError as error:
             outcome[1] = str(error)
     if arguments.world_size > 1:
@@ -235,7 +248,8 @@ def _agree(open_on_first_rank: Any, arguments: Any) -> Any:
         broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise FastexpertsError(outcome[1])
-    return outcome[0]
+    result: Result = outcome[0]
+    return result
 
 
 def _prove_isolation(trainer: Any, console: Console) -> None:
