@@ -20,7 +20,7 @@ def check_moe_mlp(
     w1: Weight,
     w2: Weight,
     activation: Activation,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     expert_parallel: bool,
 ) -> None:
     """Raise FastexpertsError unless types, dtypes, devices and shapes fit each other."""
@@ -39,7 +39,7 @@ def check_moe_mlp(
         if tensors[name].dtype not in DTYPES:
             way_out = "Cast it with .to(torch.bfloat16); quantised weights are not served."
             raise _error(name, f"dtype {_short(tensors[name].dtype)}", f"one of {_NAMES}", way_out)
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise _error(
             "dtype", _short(dtype), f"one of {_NAMES}", "Leave it out to compute in the dtype of x_TD."
         )

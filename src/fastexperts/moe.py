@@ -112,13 +112,12 @@ def moe_mlp(
     """
     activation = resolve(activation, "moe_mlp")
     w1, w2 = as_weight(w1), as_weight(w2)
+    check_moe_mlp(x_TD, ids_TK, weight_TK, w1, w2, activation, dtype, expert_parallel)
     if dtype is None:
         device = x_TD.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(
-            device
-        )  # "meta" has none, and asking raises
+        # "meta" has no autocast, and asking raises
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
-    check_moe_mlp(x_TD, ids_TK, weight_TK, w1, w2, activation, dtype, expert_parallel)
     w1_ECFD, w2_EDF = w1.parts(activation.parts), w2.out_in
     num_experts = w2_EDF.shape[0]
     if settings.check_ids() and not torch.compiler.is_compiling():

@@ -29,6 +29,14 @@ class Weight:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.w, Tensor):
+            raise refuse(
+                "Weight",
+                "w",
+                got=type(self.w).__name__,
+                needs="a torch.Tensor",
+                way_out="Convert it with torch.as_tensor.",
+            )
         if self.w.dim() != 3:
             raise refuse(
                 "Weight",

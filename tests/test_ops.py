@@ -1,0 +1,82 @@
+"""The ops as PyTorch sees them: schema, fake shapes, autograd registration; and backends agree op by op."""
+
+import pytest
+import torch
+from support import Case, build
+
+from fastexperts import cpu, kernels, ops
+from fastexperts.moe import _moe_mlp
+
+CASE = Case(tokens=9, dims=(32, 16), routing="sentinels")
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def arguments(case=CASE):
+    """{op: its positional arguments}, tensors as a forward and a backward of `case` pass them."""
+    inputs = build(case)
+    x, weight, dout = inputs.x, inputs.weight, inputs.dout
+    block_m = ops.block_m(x.device, x.dtype)
+    row_of_pair, pair_of_row, offsets, schedule = routing = ops.route(inputs.ids, case.experts, block_m)
+    w1 = inputs.w1.unflatten(1, (case.act.parts, -1))
+    act = (case.act.fn, case.act.params)
+    gather = (row_of_pair, pair_of_row, case.k)
+    rows = slice(0, int(offsets[-1]))
+    h, a = ops.up(x, w1, pair_of_row, offsets, schedule, case.k, *act, True)
+    dout_rows, x_rows = ops.gather(dout, *gather), ops.gather(x, *gather)
+    dh, wa, _ = ops.dh(dout_rows, inputs.w2, h, weight, *routing, *act, True, True, True)
+    y = ops.down(a, inputs.w2, offsets, schedule)
+    return rows, {
+        "route": (inputs.ids, case.experts, block_m),
+        "gather": (x, *gather),
+        "up": (x, w1, pair_of_row, offsets, schedule, case.k, *act, True),
+        "down": (a, inputs.w2, offsets, schedule),
+        "combine": (y, weight, row_of_pair, case.k, x.dtype),
+        "dh": (dout_rows, inputs.w2, h, weight, *routing, *act, True, True, True),
+        "dx": (dh, w1, offsets, schedule),
+        "dw1": (dh, x_rows, offsets, w1),
+        "dw2": (dout_rows, wa, offsets, inputs.w2),
+    }
+
+
+def test_all_lists_every_op():
+    assert [op._name for op in ops.ALL] == list(arguments()[1])
+
+
+@pytest.mark.parametrize("op", [op._name for op in ops.ALL])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_opcheck(op, backend, monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", backend)
+    _, calls = arguments()
+    result = torch.library.opcheck(getattr(ops, op), calls[op], test_utils=TESTS)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("keep_h", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_of_the_whole(keep_h, grad):
+    inputs = build(CASE)
+    tensors = [
+        t.requires_grad_(grad) for t in (inputs.x, inputs.weight, inputs.w1.unflatten(1, (2, -1)), inputs.w2)
+    ]
+    routing = list(ops.route(inputs.ids, CASE.experts, 128))
+    call = (*tensors, routing, CASE.k, "silu", CASE.act.params, torch.float32, keep_h or grad)
+    result = torch.library.opcheck(_moe_mlp, call, test_utils=TESTS)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", ["gather", "up", "down", "combine", "dh", "dx", "dw"])
+def test_backends_agree(op, monkeypatch):
+    """Row by row, so that a fault names its op; the whole is held to fp64 in test_moe_cases."""
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    rows, calls = arguments()
+    pairs = build(CASE).ids.numel()
+    for name in ("dw1", "dw2") if op == "dw" else (op,):
+        call = list(calls[name])
+        if name == "dw2":
+            call[-1] = call[-1][:, None]
+        results = [getattr(module, op)(*call) for module in (kernels, cpu)]
+        one, other = (r if isinstance(r, tuple) else (r,) for r in results)
+        for got, wanted in zip(one, other, strict=True):
+            # rows behind the last are undefined
+            live = rows if got.shape[0] == pairs else slice(None)
+            torch.testing.assert_close(got[live], wanted[live])
