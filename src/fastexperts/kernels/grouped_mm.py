@@ -22,25 +22,29 @@ from fastexperts.activations import Activation
 from fastexperts.kernels import tiles
 from fastexperts.kernels.activation import constants
 from fastexperts.kernels.combine import sum_dweight
-from fastexperts.kernels.epilogues import store_act, store_dact, store_plain
+from fastexperts.kernels.epilogues import halves, store_act, store_dact, store_plain
 from fastexperts.kernels.operands import accumulator, is_descriptor, operand, precision, processors
 
 
 @triton.jit
 def _load_w(
-    W, i_e, part, n0, k0, o_n, K, stride_e, stride_c, stride_n, stride_k,
-    BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, KN: tl.constexpr, EVEN_K: tl.constexpr,
+    W, i_e, part, n0, k0, N, K, stride_e, stride_c, stride_n, stride_k,
+    BN: tl.constexpr, BK: tl.constexpr, PARTS_N: tl.constexpr,
+    TMA: tl.constexpr, KN: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Block [BK, BN] of one part of one expert; zero behind K. KN: W is stored with N last."""
+    """Block [BK, PARTS_N * BN] of an expert, its parts side by side; zero behind K. KN: W is stored N last."""
     if TMA:
         if KN:
             return W.load([i_e, part, k0, n0]).reshape(BK, BN)
         else:
-            return W.load([i_e, part, n0, k0]).reshape(BN, BK).T
+            return W.load([i_e, part, n0, k0]).reshape(PARTS_N * BN, BK).T
     else:
         o_k = k0 + tl.arange(0, BK)
+        o_c = tl.arange(0, PARTS_N * BN)
+        o_n = n0 + o_c % BN
         p_w = W + i_e.to(tl.int64) * stride_e + part * stride_c
-        p_w += o_n[None, :] * stride_n + o_k[:, None] * stride_k
+        p_n = tl.where(o_n < N, o_n, 0) * stride_n + o_c // BN * stride_c
+        p_w += p_n[None, :] + o_k[:, None] * stride_k
         if EVEN_K:
             return tl.load(p_w)
         else:
@@ -73,7 +77,7 @@ def _grouped_mm(
     EPILOGUE "act" with GATED computes the same block of both parts. Rows behind an expert's end are computed
     from whatever lies there and not stored.
     """
-    DUAL: tl.constexpr = EPILOGUE == "act" and GATED
+    PARTS_N: tl.constexpr = 2 if EPILOGUE == "act" and GATED else 1
     WIDTH: tl.constexpr = 2 if GATED else 1
     num_n = tl.cdiv(N, BN)
     num_k = tl.cdiv(K, BK)
@@ -90,17 +94,13 @@ def _grouped_mm(
 
         o_m = row0 + tl.arange(0, BM)
         m_m = o_m < tl.load(p_offsets + i_e + 1)
-        o_n = n0 + tl.arange(0, BN)
-        safe_n = tl.where(o_n < N, o_n, 0)
         if GATHER:
             token = tl.load(p_pair_of_row + o_m, mask=m_m, other=0) // TOP_K
             p_a = A + token.to(tl.int64) * stride_a
         elif not A_TMA:
             p_a = A + tl.where(m_m, o_m, row0).to(tl.int64) * stride_a
 
-        acc = tl.zeros([BM, BN], ACC)
-        if DUAL:
-            acc_u = tl.zeros([BM, BN], ACC)
+        acc = tl.zeros([BM, PARTS_N * BN], ACC)
         for i_k in range(num_k * PARTS_K):
             part = i_k // num_k if PARTS_K > 1 else 0
             k0 = (i_k - part * num_k) * BK
@@ -113,55 +113,21 @@ def _grouped_mm(
                 else:
                     a = tl.load(p_a[:, None] + (part * K + o_k)[None, :], mask=o_k[None, :] < K, other=0.0)
             w = _load_w(
-                W,
-                i_e,
-                part,
-                n0,
-                k0,
-                safe_n,
-                K,
-                stride_we,
-                stride_wc,
-                stride_wn,
-                stride_wk,
-                BN,
-                BK,
-                W_TMA,
-                KN,
-                EVEN_K,
-            )
+                W, i_e, part, n0, k0, N, K, stride_we, stride_wc, stride_wn, stride_wk,
+                BN, BK, PARTS_N, W_TMA, KN, EVEN_K,
+            )  # fmt: skip
             acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
-            if DUAL:
-                w_u = _load_w(
-                    W,
-                    i_e,
-                    1,
-                    n0,
-                    k0,
-                    safe_n,
-                    K,
-                    stride_we,
-                    stride_wc,
-                    stride_wn,
-                    stride_wk,
-                    BN,
-                    BK,
-                    W_TMA,
-                    KN,
-                    EVEN_K,
-                )
-                acc_u = tl.dot(a, w_u, acc_u, input_precision=PRECISION, out_dtype=ACC)
 
         p_out_m = p_out + row0.to(tl.int64) * N
         p_h_m = p_h + row0.to(tl.int64) * (WIDTH * N)
         if EPILOGUE == "none":
             store_plain(acc, p_out_m, n0, N, m_m, SUBTILES)
         elif EPILOGUE == "act":
-            if not DUAL:
-                acc_u = acc
-            store_act(
-                acc, acc_u, p_out_m, p_h_m, n0, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES
-            )
+            if GATED:
+                g, u = halves(acc)
+            else:
+                g, u = acc, acc
+            store_act(g, u, p_out_m, p_h_m, n0, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES)
         else:
             pair = tl.load(p_pair_of_row + o_m, mask=m_m, other=0)
             weight = tl.load(p_weight + pair, mask=m_m, other=0.0).to(ACC)
@@ -203,7 +169,7 @@ def _launch(
         return
     a = a if a.stride(1) == 1 else a.contiguous()
     a_op = a if gather else operand(a, [tile.m, tile.k], parts_k)
-    w_op = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, 1, tile.n, tile.k])
+    w_op = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, parts, tile.n, tile.k])
     stride_e, stride_c, *inner = w_EC__.stride()
     stride_k, stride_n = inner if kn else inner[::-1]
     num_tiles = (schedule_S2.shape[0] - 1) * triton.cdiv(dim_n, tile.n)
