@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastexperts.routing import schedule_length
 
-BLOCK = 256  # pairs per program: ranks inside a block cost BLOCK^2 comparisons
+BLOCK = 128  # pairs per program: ranks inside a block cost BLOCK^2 comparisons, and 256^2 of them spill
 
 
 @triton.jit(do_not_specialize=["num_pairs"])

@@ -54,7 +54,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("sm80", 2): {
         "up": Tile(128, 64, 64, stages=3),
         "down": Tile(128, 128, 64, stages=3),
-        "dh": Tile(128, 128, 32, stages=3),
+        "dh": Tile(128, 128, 32, stages=3, subtiles=4),
         "dx": Tile(128, 128, 64, stages=3),
         "dw": Tile(128, 128, 32, stages=3),
     },

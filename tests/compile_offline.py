@@ -1,0 +1,81 @@
+"""Run by test_offline.py without the interpreter: compile every pass for one architecture, print what came.
+
+    python compile_offline.py ARCH DTYPE WEIGHT_DTYPE TMA ACTIVATION
+
+One JSON object a line: kernel, spilled bytes, registers, shared memory, counts of instructions in the PTX.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from offline import offline
+
+from fastexperts import ACTIVATIONS, kernels
+
+TOKENS, TOP_K, EXPERTS, DIM_D, DIM_F = 64, 8, 8, 2048, 768
+INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg")
+
+
+def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block_m: int) -> None:
+    """One forward and backward with all gradients; zeros, since nothing runs."""
+    act = ACTIVATIONS[name]
+    ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64)
+    row_of_pair, pair_of_row, offsets, schedule = kernels.route(ids, EXPERTS, block_m)
+    x = torch.zeros(TOKENS, DIM_D, dtype=dtype)
+    weight = torch.zeros(TOKENS, TOP_K)
+    w1 = torch.zeros(EXPERTS, act.parts, DIM_F, DIM_D, dtype=dtype)
+    w2 = torch.zeros(EXPERTS, DIM_D, DIM_F, dtype=dtype)
+    how = (act.fn, act.params)
+    h, a = kernels.up(x, w1, pair_of_row, offsets, schedule, TOP_K, *how, True)
+    y = kernels.down(a, w2, offsets, schedule)
+    kernels.combine(y, weight, row_of_pair, TOP_K, dtype)
+    rows = kernels.gather(x, row_of_pair, pair_of_row, TOP_K)
+    routing = (row_of_pair, pair_of_row, offsets, schedule)
+    dh, wa, _ = kernels.dh(rows, w2, h, weight, *routing, *how, True, True, True)
+    kernels.combine(kernels.dx(dh, w1, offsets, schedule), None, row_of_pair, TOP_K, dtype)
+    kernels.dw(dh, rows, offsets, w1.to(weights))
+    kernels.dw(rows, wa, offsets, w2[:, None].to(weights))
+
+
+def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:
+    """Of `ptxas -v`, with no optimisation left out."""
+    ptx = kernel.asm["ptx"]
+    target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"--gpu-name={target}", str(source), "-o", os.devnull]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = result.stdout + result.stderr
+    found = {
+        "spilled": max(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text)),
+        "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+        "shared": kernel.metadata.shared,
+    }
+    return found | {instruction: ptx.count(instruction) for instruction in INSTRUCTIONS}
+
+
+def main() -> None:
+    arch, dtype, weights, tma, activation = sys.argv[1:]
+    os.environ["FASTEXPERTS_TMA"] = tma
+    ptxas = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
+    with offline(int(arch)) as compiled:
+        from fastexperts.kernels import tiles
+
+        dtype = getattr(torch, dtype)
+        launch_every_pass(
+            dtype, getattr(torch, weights), activation, tiles.block_m(torch.device("cpu"), dtype)
+        )
+    for name, kernel in compiled:
+        print(json.dumps({"kernel": name, **verdict(kernel, int(arch), ptxas)}))
+
+
+if __name__ == "__main__":
+    main()

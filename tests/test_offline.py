@@ -1,0 +1,79 @@
+"""The compiler's verdict without a GPU: every tile compiles for its architecture, uses it, spills nothing."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason=f"needs Triton's ptxas, and {PTXAS} is absent")
+
+# shared memory of one block: A100 163 KB, H100 227 KB
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+GEMMS = {"_grouped_mm": 4, "_grouped_dw": 2}
+LAUNCHES = {"_count": 1, "_scan": 1, "_place": 1, "_gather": 1, "_combine": 2, "_sum_dweight": 1, **GEMMS}
+
+
+def compiled(
+    arch: int, dtype="bfloat16", weights=None, tma="1", activation="swiglu", spills: float = 64
+) -> list[dict]:
+    """One entry per GEMM of a forward and backward, from a process without the interpreter."""
+    script = Path(__file__).parent / "compile_offline.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(arch), dtype, weights or dtype, tma, activation]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=500
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels = [json.loads(line) for line in result.stdout.splitlines()]
+    names = [kernel["kernel"] for kernel in kernels]
+    assert {name: names.count(name) for name in names} == LAUNCHES
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED[arch], kernel
+        assert kernel["spilled"] < spills, kernel
+    return [kernel for kernel in kernels if kernel["kernel"] in GEMMS]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_hopper_uses_its_units(dtype):
+    for kernel in compiled(90, dtype):
+        assert kernel["wgmma.mma_async"] > 0, kernel
+        assert kernel["mma.sync"] == 0, kernel
+        assert kernel["cp.async.bulk.tensor"] > 0, kernel
+
+
+def test_hopper_without_tensor_descriptors():
+    for kernel in compiled(90, tma="0"):
+        assert kernel["wgmma.mma_async"] > 0, kernel
+        assert kernel["cp.async.bulk.tensor"] == 0, kernel
+
+
+def test_hopper_with_fp32_gradients_of_bf16_products():
+    """What autocast over fp32 weights asks of dw: blocks of twice the bytes to store."""
+    assert len(compiled(90, weights="float32")) == 6
+
+
+def test_ampere():
+    for kernel in compiled(80):
+        assert kernel["mma.sync"] > 0, kernel
+        assert kernel["wgmma.mma_async"] == kernel["cp.async.bulk.tensor"] == 0, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("activation", ["gpt_oss", "geglu", "geglu_tanh", "relu2"])
+def test_every_kind_of_gate(arch, activation):
+    # erf and its derivative take the registers that SwiGLU leaves free
+    assert len(compiled(arch, activation=activation, spills=128)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_fp32_is_never_tf32(arch):
+    for kernel in compiled(arch, "float32", spills=math.inf):
+        assert kernel["wgmma.mma_async"] == kernel["mma.sync"] == 0, kernel
