@@ -32,7 +32,7 @@ def _load_w(
     BN: tl.constexpr, BK: tl.constexpr, PARTS_N: tl.constexpr,
     TMA: tl.constexpr, KN: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Block [BK, PARTS_N * BN] of an expert, its parts side by side; zero behind K. KN: W is stored N last."""
+    """Block [BK, PARTS_N * BN] of an expert, parts side by side; zero behind K. KN: W is stored N last."""
     if TMA:
         if KN:
             return W.load([i_e, part, k0, n0]).reshape(BK, BN)
