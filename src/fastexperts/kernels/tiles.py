@@ -39,8 +39,8 @@ class Tile:
                 raise ValueError(f"Tile: `{name}` got {value}; it needs a power of two. Round it.")
 
 
-def _small(m: int) -> dict[str, Tile]:
-    return dict.fromkeys(PASSES, Tile(m, m, 32, warps=4, stages=2, subtiles=2))
+def _small(m: int, warps: int = 4) -> dict[str, Tile]:
+    return dict.fromkeys(PASSES, Tile(m, m, 32, warps=warps, stages=2, subtiles=2))
 
 
 TABLE: dict[tuple[str, int], dict[str, Tile]] = {
@@ -58,7 +58,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dx": Tile(128, 128, 64, stages=3),
         "dw": Tile(128, 128, 32, stages=3),
     },
-    ("gpu", 4): _small(64),
+    ("gpu", 4): _small(64, warps=8),  # 4 warps spill: up 13 KB a thread
     ("gpu", 8): _small(16),
     ("interpreter", 2): _small(32),
     ("interpreter", 4): _small(32),
