@@ -44,12 +44,12 @@ class Routing:
         if self.row_of_pair_P.shape != self.pair_of_row_P.shape or self.row_of_pair_P.dim() != 1:
             raise FastexpertsError(
                 f"Routing: `row_of_pair_P` {tuple(self.row_of_pair_P.shape)} and `pair_of_row_P` "
-                f"{tuple(self.pair_of_row_P.shape)} need one shape [P]. Build it with fastexperts.route."
+                f"{tuple(self.pair_of_row_P.shape)} need one shape [P]. Take both from one ops.route call."
             )
         if self.top_k < 1 or self.row_of_pair_P.shape[0] % self.top_k:
             raise FastexpertsError(
                 f"Routing: `top_k` {self.top_k} does not divide {self.row_of_pair_P.shape[0]} pairs. "
-                "Build it with fastexperts.route."
+                "Give the K of the ids that were routed."
             )
 
     @classmethod

@@ -85,8 +85,10 @@ def act_vjp(
         return f, pass_g * df, pass_u
 
 
-def constants(activation: Activation) -> dict[str, Any]:
+def constants(activation: Activation | None) -> dict[str, Any]:
     """The constexpr arguments of the functions above; LIMIT None compiles the clamps away."""
+    if activation is None:
+        return {"FN": "", "GATED": False, "ALPHA": 1.0, "LIMIT": None, "UP_SHIFT": 0.0}
     limit = None if math.isinf(activation.limit) else activation.limit
     return {
         "FN": activation.fn,

@@ -57,7 +57,7 @@ def _gather(
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < dim_d
-    x = tl.load(p_x + i_t * stride_t + o_d * stride_d, mask=m_d)
+    x = tl.load(p_x + i_t * stride_t + o_d.to(tl.int64) * stride_d, mask=m_d)
     for k in tl.static_range(TOP_K):
         row = tl.load(p_row_of_pair + i_t * TOP_K + k).to(tl.int64)
         tl.store(p_out + row * dim_d + o_d, x, mask=m_d & (row >= 0))

@@ -11,7 +11,7 @@ Legend: see moe.py; N output columns (of one part), K contraction (of one part),
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -119,7 +119,8 @@ def _grouped_mm(
             acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
 
         p_out_m = p_out + row0.to(tl.int64) * N
-        p_h_m = p_h + row0.to(tl.int64) * (WIDTH * N)
+        if EPILOGUE != "none":
+            p_h_m = p_h + row0.to(tl.int64) * (WIDTH * N)
         if EPILOGUE == "none":
             store_plain(acc, p_out_m, n0, N, m_m, SUBTILES)
         elif EPILOGUE == "act":
@@ -140,6 +141,23 @@ def _grouped_mm(
                 tl.store(p_dweight + i_n.to(tl.int64) * num_rows + o_m, dweight, mask=m_m)
 
 
+@dataclass(frozen=True)
+class _Epilogue:
+    """What an accumulator becomes, and the tensors that takes. One with 0 rows is not asked for."""
+
+    kind: str  # "act": out = act(h), h written; "dact": out = weight * act(h), dh and partial written
+    activation: Activation
+    h_PG: Tensor
+    dh_PG: Tensor
+    weight_TK: Tensor
+    partial_NP: Tensor
+    pair_of_row_P: Tensor
+
+    @property
+    def stores_h(self) -> bool:
+        return len(self.h_PG if self.kind == "act" else self.dh_PG) > 0
+
+
 def _launch(
     name: str,
     a: Tensor,
@@ -149,16 +167,16 @@ def _launch(
     schedule_S2: Tensor,
     *,
     kn: bool,
-    epilogue: str = "none",
     gather: tuple[Tensor, int] | None = None,
-    activation: Activation | None = None,
-    **pointers: Any,
+    epilogue: _Epilogue | None = None,
 ) -> None:
-    """Launch pass `name`: operands as descriptors where possible, the tile of tiles.py, one program per SM
-    or tile.
+    """Launch pass `name` of the table above: descriptors where possible, the tile of tiles.py.
+
+    w_EC__: (E, C, N, K), or (E, C, K, N) with `kn`. gather: (pair_of_row_P, top_k), if `a` holds tokens. An
+    `out_PN` with 0 rows is not asked for.
     """
     tile = tiles.tile(a.device, a.dtype, name)
-    rows = a.shape[0] if gather is None else gather[0].shape[0]
+    rows = len(gather[0]) if gather else len(a)
     if kn and w_EC__.stride(1) == w_EC__.shape[2] * w_EC__.stride(2):
         # parts that follow each other are one longer contraction: no division in the inner loop
         w_EC__ = w_EC__.flatten(1, 2)[:, None]
@@ -172,17 +190,20 @@ def _launch(
     w_op = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, parts, tile.n, tile.k])
     stride_e, stride_c, *inner = w_EC__.stride()
     stride_k, stride_n = inner if kn else inner[::-1]
-    num_tiles = (schedule_S2.shape[0] - 1) * triton.cdiv(dim_n, tile.n)
+    num_tiles = (len(schedule_S2) - 1) * triton.cdiv(dim_n, tile.n)
     programs = min(num_tiles, processors(a.device) * tile.programs_per_sm or num_tiles)
-    pair_of_row_P, top_k = gather or (pointers.pop("pair_of_row_P", offsets_E1), 1)
+    pair_of_row_P, top_k = gather or (epilogue.pair_of_row_P if epilogue else None, 1)
+    tensors = (
+        (epilogue.h_PG, epilogue.dh_PG, epilogue.weight_TK, epilogue.partial_NP) if epilogue else (None,) * 4
+    )
     _grouped_mm[(programs,)](
-        a_op, w_op, out_PN, pointers.pop("h_PG", out_PN), pointers.pop("dh_PG", out_PN),
-        pointers.pop("weight_TK", out_PN), pointers.pop("partial_NP", out_PN), pair_of_row_P, offsets_E1,
-        schedule_S2, a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k, rows,
-        TOP_K=top_k, GATHER=gather is not None, PARTS_K=parts_k, KN=kn, EPILOGUE=epilogue,
-        STORE_H=pointers.pop("store_h", False), STORE_OUT=pointers.pop("store_out", True),
-        STORE_DWEIGHT=pointers.pop("store_dweight", False),
-        **constants(activation or Activation("silu", gated=False)),
+        a_op, w_op, out_PN, *tensors, pair_of_row_P, offsets_E1, schedule_S2,
+        a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k, rows,
+        TOP_K=top_k, GATHER=gather is not None, PARTS_K=parts_k, KN=kn,
+        EPILOGUE=epilogue.kind if epilogue else "none", STORE_OUT=len(out_PN) > 0,
+        STORE_H=epilogue is not None and epilogue.stores_h,
+        STORE_DWEIGHT=epilogue is not None and len(epilogue.partial_NP) > 0,
+        **constants(epilogue.activation if epilogue else None),
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten, SUBTILES=tile.subtiles,
         A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0,
         ACC=accumulator(a.dtype), PRECISION=precision(a.dtype), num_warps=tile.warps, num_stages=tile.stages,
@@ -203,10 +224,13 @@ def up(
     """See ops.up."""
     rows, (_, parts, dim_f, _) = pair_of_row_P.shape[0], w1_ECFD.shape
     h_PG, a_PF = x_TD.new_empty((rows if keep_h else 0, parts * dim_f)), x_TD.new_empty((rows, dim_f))
-    activation = Activation.of(act, parts == 2, params)
+    nothing = x_TD.new_empty(0)
+    epilogue = _Epilogue(
+        "act", Activation.of(act, parts == 2, params), h_PG, nothing, nothing, nothing, pair_of_row_P
+    )
     _launch(
-        "up", x_TD, w1_ECFD, a_PF, offsets_E1, schedule_S2, kn=False, epilogue="act",
-        gather=(pair_of_row_P, top_k), activation=activation, h_PG=h_PG, store_h=keep_h,
+        "up", x_TD, w1_ECFD, a_PF, offsets_E1, schedule_S2,
+        kn=False, gather=(pair_of_row_P, top_k), epilogue=epilogue,
     )  # fmt: skip
     return h_PG, a_PF
 
@@ -248,11 +272,7 @@ def dh(
     wide = torch.float64 if h_PG.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
     partial_NP = torch.empty((blocks if need_dweight else 0, rows), dtype=wide, device=h_PG.device)
-    _launch(
-        "dh", dout_PD, w2_EDF[:, None], wa_PF, offsets_E1, schedule_S2, kn=True,
-        epilogue="dact", activation=activation, pair_of_row_P=pair_of_row_P, h_PG=h_PG, dh_PG=dh_PG,
-        weight_TK=weight_TK.contiguous(), partial_NP=partial_NP, store_h=need_dh, store_out=need_wa,
-        store_dweight=need_dweight,
-    )  # fmt: skip
+    epilogue = _Epilogue("dact", activation, h_PG, dh_PG, weight_TK.contiguous(), partial_NP, pair_of_row_P)
+    _launch("dh", dout_PD, w2_EDF[:, None], wa_PF, offsets_E1, schedule_S2, kn=True, epilogue=epilogue)
     dweight_TK = sum_dweight(partial_NP, row_of_pair_P, weight_TK) if need_dweight else weight_TK[:0].clone()
     return dh_PG, wa_PF, dweight_TK

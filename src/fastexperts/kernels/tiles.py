@@ -1,6 +1,6 @@
 """Tile choices as data, keyed by (architecture, pass, bytes per element). Nothing is tuned at run time.
 
-A developer's benchmark fills the table (benchmarks/layer.py --tiles). `m` of the row-tiled passes is fixed
+A developer's tool measures candidates (benchmarks/tune.py). `m` of the row-tiled passes is fixed
 per (architecture, bytes): the schedule of a routing is made for it, and a token's result does not depend on
 its batch.
 """
