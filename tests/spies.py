@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def use_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let CPU tensors run through the Triton kernels."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("runs in Triton's interpreter; on a machine with a GPU set TRITON_INTERPRET=1")
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
 
 
 class Ops(TorchDispatchMode):

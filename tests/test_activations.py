@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from spies import use_interpreter
 from support import ACTIVATION_ROWS, Case, check_case
 from transformers.activations import ACT2FN
 
@@ -70,7 +71,7 @@ def test_gpt_oss_is_their_gate():
 @pytest.mark.parametrize("name", ACTIVATION_ROWS)
 def test_triton_form(name, monkeypatch):
     """Beyond the rows of the covering cases: fp64, all gradients, one tile."""
-    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    use_interpreter(monkeypatch)
     case = Case(5, 2, 1, (32, 16), activation=name, dtype=torch.float64)
     assert case.act == ACTIVATION_ROWS[name]
     check_case(case)

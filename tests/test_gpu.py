@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU at the shapes of real models: error rule, graphs, determinism."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -233,3 +233,29 @@ def test_nothing_is_kept_but_x_and_h():
     kept = torch.cuda.memory_allocated() - before - out.nbytes
     rows = 1000 * shape.top_k
     assert rows * 2 * shape.dim_f * 2 <= kept <= rows * 2 * shape.dim_f * 2 + 2**22
+
+
+# Beyond int32: more than 2^31 elements in one tensor, in turn h, the rows of D, the weights, and a column-major x.
+BOUNDARY = {
+    "h": (shapes.Shape("h", 64, 768, 128, 8), 180_000),
+    "rows": (shapes.Shape("rows", 2048, 64, 64, 8), 140_000),
+    "weights": (shapes.Shape("weights", 4096, 1536, 192, 2), 500),
+}
+
+
+@pytest.mark.parametrize("tensor", BOUNDARY)
+def test_beyond_int32(tensor):
+    shape, tokens = BOUNDARY[tensor]
+    inputs = build(shape, tokens)
+    rows = tokens * shape.top_k
+    sizes = {"h": rows * 2 * shape.dim_f, "rows": rows * shape.dim_d, "weights": inputs.w1.numel()}
+    assert sizes[tensor] > 2**31
+    check(inputs, ours(inputs), torch.bfloat16)
+
+
+def test_a_column_major_x_beyond_int32():
+    shape = shapes.Shape("x", 4096, 16, 4, 1)
+    inputs = build(shape, 2**19 + 77)
+    columns = replace(inputs, x=inputs.x.t().contiguous().t())
+    assert columns.x.stride() == (1, 2**19 + 77)
+    assert equal(ours(columns), ours(inputs))

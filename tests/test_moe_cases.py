@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from spies import poison, spy_backend, spy_operands
+from spies import poison, spy_backend, spy_operands, use_interpreter
 from support import ACTIVATION_ROWS, FROZEN, LAYOUTS, ROUTINGS, Case, check_case, pairwise
 
 FACTORS = {
@@ -68,7 +68,7 @@ def test_there_are_enough_cases():
 
 @pytest.mark.parametrize("case", [param(case) for case in CASES])
 def test_kernels(case, monkeypatch):
-    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    use_interpreter(monkeypatch)
     monkeypatch.setenv("FASTEXPERTS_TMA", str(int(case.tma)))
     with spy_backend() as calls, spy_operands() as operands, poison():
         check_case(case)
@@ -87,7 +87,8 @@ def test_torch_backend(case):
 @pytest.mark.parametrize("case", HALF, ids=str)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_fp16(case, backend, monkeypatch):
-    monkeypatch.setenv("FASTEXPERTS_BACKEND", backend)
+    if backend == "triton":
+        use_interpreter(monkeypatch)
     monkeypatch.setenv("FASTEXPERTS_TMA", str(int(case.tma)))
     with spy_backend() as calls:
         check_case(case)

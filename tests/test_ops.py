@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from spies import use_interpreter
 from support import Case, build
 
 from fastexperts import cpu, kernels, ops
@@ -45,7 +46,8 @@ def test_all_lists_every_op():
 @pytest.mark.parametrize("op", [op._name for op in ops.ALL])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_opcheck(op, backend, monkeypatch):
-    monkeypatch.setenv("FASTEXPERTS_BACKEND", backend)
+    if backend == "triton":
+        use_interpreter(monkeypatch)
     _, calls = arguments()
     result = torch.library.opcheck(getattr(ops, op), calls[op], test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
@@ -67,7 +69,7 @@ def test_opcheck_of_the_whole(keep_h, grad):
 @pytest.mark.parametrize("op", ["gather", "up", "down", "combine", "dh", "dx", "dw"])
 def test_backends_agree(op, monkeypatch):
     """Row by row, so that a fault names its op; the whole is held to fp64 in test_moe_cases."""
-    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    use_interpreter(monkeypatch)
     rows, calls = arguments()
     pairs = build(CASE).ids.numel()
     for name in ("dw1", "dw2") if op == "dw" else (op,):

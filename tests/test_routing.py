@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from spies import poison
+from spies import poison, use_interpreter
 from support import ROUTINGS, expert_ids
 
 from fastexperts import FastexpertsError, Routing
@@ -25,7 +25,9 @@ IMPLEMENTATIONS = {"torch": route_torch, "kernels": kernel_route}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def route(request):
+def route(request, monkeypatch):
+    if request.param == "kernels":
+        use_interpreter(monkeypatch)
     return IMPLEMENTATIONS[request.param]
 
 
@@ -73,7 +75,8 @@ def test_invariants(kind, size, route):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_kernels_equal_pytorch(size, dtype):
+def test_kernels_equal_pytorch(size, dtype, monkeypatch):
+    use_interpreter(monkeypatch)
     tokens, experts, k, block_m = size
     ids = ids_of("sentinels", tokens, experts, k).to(dtype)
     expected, got = route_torch(ids, experts, block_m), kernel_route(ids, experts, block_m)

@@ -1,0 +1,46 @@
+"""The fast subset that mutants.py runs: few cases that together reach every kernel, option and index map."""
+
+import pytest
+import torch
+from spies import poison, use_interpreter
+from support import Case, check_case
+
+from fastexperts.routing import route_torch
+
+# The first ones are cheap and find most faults.
+CASES = (
+    Case(tokens=33, experts=4, dims=(48, 80)),
+    Case(33, 7, 2, (97, 47), "sentinels", activation="gpt_oss clamped", dtype=torch.float64),
+    Case(tokens=33, experts=3, dims=(48, 80), layout="interleaved"),
+    Case(tokens=70, experts=2, dims=(32, 16), layout="column-major x", routing="zipf"),
+    Case(tokens=150, experts=2, top_k=2, dims=(32, 16), activation="relu2", routing="duplicates"),
+)
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_routing(tokens, monkeypatch):
+    use_interpreter(monkeypatch)
+    from fastexperts import kernels
+
+    ids = torch.randint(-1, 6, (tokens, 2))
+    with poison():
+        got = kernels.route(ids, 5, 16)
+    expected = route_torch(ids, 5, 16)
+    live = 1 + int(expected[3][0, 0])
+    for one, other in zip(got[:3], expected[:3], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(got[3][:live], expected[3][:live])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels(case, monkeypatch):
+    use_interpreter(monkeypatch)
+    monkeypatch.setenv("FASTEXPERTS_TMA", str(int(case.tma)))
+    with poison():
+        check_case(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch_backend(case, monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "torch")
+    check_case(case)
