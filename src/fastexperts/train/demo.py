@@ -170,4 +170,5 @@ def _show(console: Console, folder: Path, report: dict[str, Any], checks: list[C
         f"{seconds['training']:.0f} s, {seconds['all']:.0f} s with the proof. In {folder}:\n"
         "  loss.png, expert_load.png, report.json, run/model (the checkpoint)",
         highlight=False,
+        soft_wrap=True,
     )
