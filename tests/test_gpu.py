@@ -235,7 +235,7 @@ def test_nothing_is_kept_but_x_and_h():
     assert rows * 2 * shape.dim_f * 2 <= kept <= rows * 2 * shape.dim_f * 2 + 2**22
 
 
-# Beyond int32: more than 2^31 elements in one tensor, in turn h, the rows of D, the weights, and a column-major x.
+# More than 2^31 elements in one tensor: h, the rows of D, or a weight.
 BOUNDARY = {
     "h": (shapes.Shape("h", 64, 768, 128, 8), 180_000),
     "rows": (shapes.Shape("rows", 2048, 64, 64, 8), 140_000),
