@@ -11,6 +11,7 @@ OUTPUT.json, OUTPUT.md and OUTPUT.png; the breakdown is that of the first shape.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -275,23 +276,26 @@ def main() -> None:
         "fastexperts": fastexperts.__version__,
         "command": "python " + " ".join(sys.argv),
     }
+    shapes = [SHAPES[name] for name in args.shapes.split(",")]
+    tokens, kinds = [int(t) for t in args.tokens.split(",")], args.routing.split(",")
+    steps = breakdown(shapes[0], tokens[0], kinds[0])
     rows: list[Row] = []
-    for name in args.shapes.split(","):
-        for tokens in map(int, args.tokens.split(",")):
-            for kind in args.routing.split(","):
-                for row in table(SHAPES[name], tokens, kind, names):
-                    print(row, flush=True)
-                    rows.append(row)
-    first = rows[0]
-    steps = breakdown(SHAPES[first.shape], first.tokens, first.routing)
-    text = markdown(rows, steps, environment)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        record = {"environment": environment, "rows": [asdict(r) for r in rows], "breakdown": steps}
-        args.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        args.output.with_suffix(".md").write_text(text)
-        plot(rows, args.output.with_suffix(".png"))
+    for shape, count, kind in itertools.product(shapes, tokens, kinds):
+        for row in table(shape, count, kind, names):
+            print(row, flush=True)
+            rows.append(row)
+        if args.output:  # after each table, so that a run that is cut short leaves what it has
+            write(args.output, rows, steps, environment)
+    print(markdown(rows, steps, environment))
+
+
+def write(output: Path, rows: list[Row], steps: list[dict[str, object]], environment: dict[str, str]) -> None:
+    """The three files of a run."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {"environment": environment, "rows": [asdict(r) for r in rows], "breakdown": steps}
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(rows, steps, environment))
+    plot(rows, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
