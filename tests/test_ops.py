@@ -5,6 +5,7 @@ import torch
 from spies import use_interpreter
 from support import Case, build
 
+import fastexperts
 from fastexperts import cpu, kernels, ops
 from fastexperts.moe import _moe_mlp
 
@@ -82,3 +83,25 @@ def test_backends_agree(op, monkeypatch):
             # rows behind the last are undefined
             live = rows if got.shape[0] == pairs else slice(None)
             torch.testing.assert_close(got[live], wanted[live])
+
+
+@pytest.mark.parametrize("activation", ["relu2", "reglu"])
+def test_a_nan_before_a_relu_stays_a_nan(monkeypatch, activation):
+    use_interpreter(monkeypatch)
+    row = fastexperts.ACTIVATIONS[activation]
+    x = torch.ones(2, 16)
+    x[1, 0] = torch.nan
+    w1, w2 = torch.ones(1, row.parts * 16, 16), torch.ones(1, 16, 16)
+    ids, weight = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    out = fastexperts.moe_mlp(x, ids, weight, w1, w2, activation=row)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+def test_bf16_in_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, w = torch.ones(2, 16, dtype=torch.bfloat16), torch.ones(1, 16, 16, dtype=torch.bfloat16)
+    ids, weight = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+    with pytest.raises(fastexperts.FastexpertsError, match=r"bfloat16 on the CPU.*Unset FASTEXPERTS_BACKEND"):
+        fastexperts.moe_mlp(x, ids, weight, w, w, activation="relu2")

@@ -39,6 +39,15 @@ def backend_of(device: torch.device) -> str:
 def _implementation(tensor: Tensor) -> ModuleType:
     if backend_of(tensor.device) == "torch":
         return cpu
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        # Triton launches on the current device and its stream, whatever the tensors' device is
+        raise refuse(
+            "fastexperts",
+            "device",
+            got=f"tensors on {tensor.device} while cuda:{torch.cuda.current_device()} is the current device",
+            needs="tensors on the current device",
+            way_out="Call it inside `with torch.cuda.device(x.device):`.",
+        )
     try:
         from fastexperts import kernels
     except ImportError as e:

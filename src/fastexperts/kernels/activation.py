@@ -26,10 +26,10 @@ def _gate_fn(x, FN: tl.constexpr, ALPHA: tl.constexpr):
         slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
         return x * s, s + x * s * (1 - s) * slope
     elif FN == "relu":
-        return tl.where(x > 0, x, 0.0), tl.where(x > 0, 1.0, 0.0).to(x.dtype)
+        return tl.where(x <= 0, 0.0, x), tl.where(x > 0, 1.0, 0.0).to(x.dtype)
     else:
         tl.static_assert(FN == "relu2", "a row of activations.FUNCTIONS without its Triton form")
-        r = tl.where(x > 0, x, 0.0)
+        r = tl.where(x <= 0, 0.0, x)
         return r * r, 2 * r
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastexperts.errors import refuse
+
 PASSES = ("up", "down", "dh", "dx", "dw")
 
 
@@ -77,6 +79,14 @@ def block_m(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        raise refuse(
+            "fastexperts",
+            "FASTEXPERTS_BACKEND",
+            got="'triton' for bfloat16 on the CPU",
+            needs="float16, float32 or float64: Triton's interpreter computes bf16 wrongly",
+            way_out="Unset FASTEXPERTS_BACKEND, or use a GPU.",
+        )
     if device.type == "cpu":
         return "interpreter", dtype.itemsize
     if dtype.itemsize > 2:
