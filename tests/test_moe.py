@@ -361,16 +361,21 @@ def test_more_choices_than_local_experts(backend):
         torch.testing.assert_close(value, wanted)
 
 
-def test_ids_are_checked_where_asked(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ids_are_checked_where_asked(compiled, monkeypatch):
     inputs, tensors = leaves(replace(CASE, routing="sentinels"))
-    call(inputs, tensors)
+    function = moe_mlp
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(moe_mlp, fullgraph=True, backend="aot_eager")
+    call(inputs, tensors, function)
     monkeypatch.setenv("FASTEXPERTS_CHECK", "1")
     with pytest.raises(FastexpertsError, match=r"`ids_TK` got the id 7; .*\[0, 4\)"):
-        call(inputs, tensors)
+        call(inputs, tensors, function)
     allowed = replace(inputs, ids=inputs.ids.clamp(-1, 4))
-    checked = call(allowed, tensors)
+    checked = call(allowed, tensors, function)
     monkeypatch.delenv("FASTEXPERTS_CHECK")
-    assert torch.equal(checked, call(inputs, tensors))
+    assert torch.equal(checked, call(inputs, tensors, function))
 
 
 def test_the_first_of_all_cases_fails_with_another_gate():

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastexperts import ops, settings
+from fastexperts import ops
 from fastexperts.activations import SWIGLU, Activation, resolve
 from fastexperts.checks import check_moe_mlp
-from fastexperts.routing import Routing, check_ids
+from fastexperts.routing import Routing
 from fastexperts.weights import Weight, as_weight
 
 
@@ -119,11 +119,8 @@ def moe_mlp(
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     w1_ECFD, w2_EDF = w1.parts(activation.parts), w2.out_in
-    num_experts = w2_EDF.shape[0]
-    if settings.check_ids() and not torch.compiler.is_compiling():
-        check_ids(ids_TK, num_experts)
 
-    routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
+    routing = ops.route(ids_TK, w2_EDF.shape[0], ops.block_m(x_TD.device, dtype))
     differentiable = (x_TD, weight_TK, w1_ECFD, w2_EDF)
     keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
     out_TD, _ = _moe_mlp(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastexperts import cpu, settings
 from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.routing import check_ids
 
 
 def backend_of(device: torch.device) -> str:
@@ -70,6 +71,8 @@ def block_m(device: torch.device, dtype: torch.dtype) -> int:
 @torch.library.custom_op("fastexperts::route", mutates_args=())
 def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors of `Routing`: (row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2)."""
+    if settings.check_ids():  # here and not in moe_mlp: the body of an op runs under torch.compile too
+        check_ids(ids_TK, num_experts)
     return _implementation(ids_TK).route(ids_TK, num_experts, block_m)
 
 
