@@ -67,6 +67,37 @@ def test_a_value_changed_after_compilation_is_compared_again():
         compiled(*inputs)
 
 
+@pytest.mark.parametrize("what", ["a value of the config", "the mode"])
+def test_what_the_gate_reads_is_a_guard(what):
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (self.config.factor if what == "a value of the config" else 2.0 - self.training) * (
+            self.act_fn(gate) * up
+        )
+
+    module = toy_experts(gate=gate)
+    module.config.factor = 1.0
+    inputs = layer_inputs(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(*inputs)
+    module.config.factor = 2.0
+    module.eval()
+    with pytest.raises(
+        (FastexpertsError, torch._dynamo.exc.TorchDynamoException), match="no Activation equals"
+    ):
+        compiled(*inputs)
+
+
+def test_a_gate_that_reads_a_parameter_is_refused_while_tracing():
+    module = toy_experts(gate=lambda self, h: self.scale * clamped(self, h), values={"limit": 2.0})
+    module.scale = torch.nn.Parameter(torch.tensor(1.0))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(
+        (FastexpertsError, torch._dynamo.exc.TorchDynamoException), match="reads the parameter scale"
+    ):
+        compiled(*layer_inputs(module))
+
+
 def test_a_wrong_gate_is_refused_while_tracing():
     module = toy_experts(gate=lambda self, h: 1.01 * clamped(self, h), values={"limit": 2.0})
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -3,11 +3,12 @@
 import copy
 import math
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from support_hf import assert_close, layer_inputs, outputs_and_gradients, toy_experts
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -214,8 +215,117 @@ def test_a_changed_act_fn_is_compared_again(change):
         with pytest.raises(fastexperts.FastexpertsError, match="no Activation equals"):
             activation_of(module)
     else:
-        module.act_fn.forward = F.relu
+        module.act_fn.forward = nnf.relu
         assert activation_of(module) == ACTIVATIONS["reglu"]
+
+
+def read_as(how):
+    """A gate that takes `self.scale`, however it likes, for a constant."""
+
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return how(self.scale) * self.act_fn(gate) * up
+
+    return gate
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # what float() says
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda t: t,
+        lambda t: t.item(),
+        float,
+        lambda t: t.data,
+        lambda t: t.detach().double(),
+        lambda t: t > 0,
+    ],
+)
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "tensor"])
+def test_a_gate_that_reads_a_tensor_is_refused(kind, how):
+    """Also where it equals a row today: the tensor would get no gradient, and change unseen."""
+    module = toy_experts(gate=read_as(how), values={"scale": 1.0})
+    del module.scale
+    one = torch.tensor(1.0)
+    module.scale = {"parameter": nn.Parameter(one), "buffer": nn.Buffer(one), "tensor": one}[kind]
+    message = "that is no parameter" if kind == "tensor" else f"reads the {kind} scale; "
+    with pytest.raises(fastexperts.FastexpertsError, match=message) as error:
+        module(*layer_inputs(module))
+    assert re.fullmatch(FORM, str(error.value).partition(": ")[2])
+
+
+class _Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * nnf.silu(x)
+
+
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_an_act_fn_with_a_parameter_is_refused(has_gate):
+    module = toy_experts(_Scaled(), has_gate=has_gate)
+    with pytest.raises(fastexperts.FastexpertsError, match=r"reads the parameter act_fn\.scale"):
+        module(*layer_inputs(module))
+
+
+def test_a_gate_may_make_tensors_of_its_own():
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        ones = torch.tensor(1.0) * gate.new_tensor(1.0) * torch.ones_like(up[0])[None]
+        return self.act_fn(gate) * up * ones
+
+    assert find_activation(toy_experts(gate=gate)) == SWIGLU
+
+
+def times(factor_of):
+    def gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return factor_of(self) * self.act_fn(gate) * up
+
+    return gate
+
+
+class _Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = _Power()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+CHANGES = {
+    "a value of the config": (lambda m: m.config.factor, lambda m: setattr(m.config, "factor", 2.0)),
+    "a dict of the config": (
+        lambda m: m.config.factors["gate"],
+        lambda m: m.config.factors.update(gate=2.0),
+    ),
+    "a list": (lambda m: m.factors[0], lambda m: m.factors.insert(0, 2.0)),
+    "a private value": (lambda m: m._factor, lambda m: setattr(m, "_factor", 2.0)),
+    "a number that becomes a tensor": (
+        lambda m: m._factor,
+        lambda m: setattr(m, "_factor", torch.tensor(1.0)),
+    ),
+    "a value deep in act_fn": (lambda m: 1.0, lambda m: setattr(m.act_fn.inner, "scale", 2.0)),
+    "a module of another class in act_fn": (lambda m: 1.0, lambda m: setattr(m.act_fn, "inner", nn.GELU())),
+    "the mode": (lambda m: 2.0 if m.training else 1.0, lambda m: m.train()),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_the_gate_reads_is_compared_again_when_it_changes(what):
+    factor_of, change = CHANGES[what]
+    module = toy_experts(_Outer(), gate=times(factor_of), values={"factors": [1.0], "_factor": 1.0}).eval()
+    module.config.factor, module.config.factors = 1.0, {"gate": 1.0}
+    assert activation_of(module) == SWIGLU
+    change(module)
+    if "another class" in what:
+        assert activation_of(module) == ACTIVATIONS["geglu"]
+        return
+    with pytest.raises(fastexperts.FastexpertsError, match=r"no Activation equals|reads a tensor"):
+        activation_of(module)
 
 
 def silu_times_up(self, gate_up):
@@ -231,7 +341,7 @@ class _Power(nn.Module):
         self.scale = 1.0
 
     def forward(self, x):
-        return self.scale * F.silu(x)
+        return self.scale * nnf.silu(x)
 
 
 def test_the_comparison_runs_once(monkeypatch):
@@ -240,8 +350,8 @@ def test_the_comparison_runs_once(monkeypatch):
     ran = []
     monkeypatch.setattr(gate, "find_activation", lambda module: ran.append(module) or find_activation(module))
     module = toy_experts()
-    for training in (True, False, True):
-        module.train(training)(*layer_inputs(module))
+    for _ in range(3):
+        module(*layer_inputs(module))
     assert ran == [module]
 
 
