@@ -17,6 +17,7 @@ from support_hf import (
     relative,
     saved_for_backward,
     tiny_config,
+    tiny_model,
     toy_experts,
 )
 from torch import nn
@@ -343,6 +344,20 @@ def test_what_cannot_be_served_is_refused(case):
     with pytest.raises(FastexpertsError, match=FORM) as error:
         module(*layer_inputs(module))
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize("allow_unsupported", [False, True])
+def test_enable_refuses_a_tensor_subclass(allow_unsupported):
+    model = tiny_model("qwen3_moe", "eager")
+    module = model.model.layers[1].mlp.experts
+    module.down_proj = nn.Parameter(_Wrapper(module.down_proj.detach()), requires_grad=False)
+    # one config for both layers: neither can be switched
+    with pytest.raises(FastexpertsError, match="none of whose experts can be served") as error:
+        fastexperts.enable(model, allow_unsupported=allow_unsupported)
+    reason = str(error.value)
+    assert "Qwen3MoeExperts: `down_proj` got a _Wrapper; it needs a plain tensor" in reason
+    assert "before it is sharded" in reason
+    assert module.config._experts_implementation == "eager"
 
 
 def test_fp8_experts_are_refused_with_the_way_out():

@@ -102,7 +102,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     check_flags(self)
     w1, w2 = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
     if not torch.compiler.is_compiling():
-        _check_plain(self, w1, w2)
+        for name, w in zip(_weight_names(self), (w1, w2), strict=True):
+            _check_plain(self, name, w)
     return moe_mlp(
         hidden_states,
         top_k_index,
@@ -137,7 +138,7 @@ def check_served(module: Any) -> Activation:
     if "FP8" in type(module).__name__:
         raise _fp8_refusal(module)
     check_flags(module)
-    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+    for name in _weight_names(module):
         if not stored(module, name):
             raise refuse(
                 type(module).__name__,
@@ -147,38 +148,34 @@ def check_served(module: Any) -> Activation:
                 way_out=WAY_OUT,
             )
         parameter = module._parameters.get(name)
-        if parameter is not None and parameter.dtype not in DTYPES:
-            raise _dtype_refusal(module, name, parameter)
+        if parameter is not None:  # what a parametrization makes of its own is seen at the call
+            _check_plain(module, name, parameter)
     return activation_of(module)
 
 
-def _check_plain(module: Any, w1: Tensor, w2: Tensor) -> None:
-    """Raise for weights that are no plain floating tensors: what our ops would make of them is undefined."""
-    weights: tuple[tuple[str, Any], ...] = (
-        ("gate_up_proj" if module.has_gate else "up_proj", w1),
-        ("down_proj", w2),
-    )
-    for name, w in weights:
-        if w.dtype not in DTYPES:
-            raise _dtype_refusal(module, name, w)
-        if is_traceable_wrapper_subclass(w):
-            raise refuse(
-                type(module).__name__,
-                name,
-                got=f"a {type(w).__name__}",
-                needs="a plain tensor (sharded and quantised tensors are not served so far)",
-                way_out=WAY_OUT,
-            )
+def _weight_names(module: Any) -> tuple[str, str]:
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
-def _dtype_refusal(module: Any, name: str, w: Tensor) -> FastexpertsError:
-    return refuse(
-        type(module).__name__,
-        name,
-        got=str(w.dtype).removeprefix("torch."),
-        needs="bfloat16, float16, float32 or float64 (no quantised experts so far)",
-        way_out="Load the model dequantised, or use experts_implementation='grouped_mm'.",
-    )
+def _check_plain(module: Any, name: str, w: Any) -> None:
+    """Raise for a weight that is no plain floating tensor: what our ops would make of it is undefined."""
+    if w.dtype not in DTYPES:
+        raise refuse(
+            type(module).__name__,
+            name,
+            got=str(w.dtype).removeprefix("torch."),
+            needs="bfloat16, float16, float32 or float64 (no quantised experts so far)",
+            way_out="Load the model dequantised, or use experts_implementation='grouped_mm'.",
+        )
+    if is_traceable_wrapper_subclass(w):
+        raise refuse(
+            type(module).__name__,
+            name,
+            got=f"a {type(w).__name__}",
+            needs="a plain tensor (sharded and quantised tensors are not served so far)",
+            way_out="Load the model dequantised and call enable() before it is sharded, or use "
+            "experts_implementation='grouped_mm' or 'eager'.",
+        )
 
 
 def _fp8_refusal(module: Any) -> FastexpertsError:
