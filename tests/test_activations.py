@@ -94,6 +94,7 @@ def test_names_resolve_and_others_are_refused():
     ("fields", "argument"),
     [
         ({"fn": "mish"}, "fn"),
+        ({"fn": []}, "fn"),
         ({"fn": "silu", "limit": 0.0}, "limit"),
         ({"fn": "silu", "limit": math.nan}, "limit"),
         ({"fn": "gelu", "alpha": 1.702}, "alpha"),

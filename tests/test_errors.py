@@ -114,6 +114,8 @@ CALLS = {
     "w2 is one matrix": ({"w2": torch.zeros(D, F)}, "w", "2 dimensions", "3 dimensions", "Stack"),
     "w2 is integer": ({"w2": torch.zeros(E, D, F, dtype=torch.uint8)}, "w2", "uint8", "bfloat16", ".to("),
     "an unknown activation": ({"activation": "swish"}, "activation", "'swish'", "swiglu", "Activation(fn="),
+    "an activation in a list": ({"activation": []}, "activation", "[]", "swiglu", "Activation(fn="),
+    "no activation": ({"activation": None}, "activation", "None", "swiglu", "Activation(fn="),
     "an fp8 product": ({"dtype": torch.float8_e4m3fn}, "dtype", "float8_e4m3fn", "bfloat16", "Leave it out"),
     "an integer product": ({"dtype": torch.int32}, "dtype", "int32", "bfloat16", "Leave it out"),
 }  # fmt: skip

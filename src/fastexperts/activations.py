@@ -71,7 +71,7 @@ class Activation:
     up_shift: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.fn not in FUNCTIONS:
+        if not isinstance(self.fn, str) or self.fn not in FUNCTIONS:
             raise refuse(
                 "Activation",
                 "fn",
@@ -157,7 +157,7 @@ def resolve(activation: str | Activation, where: str) -> Activation:
     """The `Activation` meant by a name or by itself."""
     if isinstance(activation, Activation):
         return activation
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise refuse(
             where,
             "activation",
