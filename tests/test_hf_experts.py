@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from support_hf import (
     Ops,
     assert_close,
@@ -228,8 +228,8 @@ def test_autocast_keeps_the_dtypes_of_eager_and_its_error():
         out_TD = torch.zeros_like(x_TD)
         for e in range(module.num_experts):
             t, k = torch.where(ids_TK == e)
-            gate, up = F.linear(x_TD[t], module.gate_up_proj[e]).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, module.down_proj[e]) * weight_TK[t, k, None]
+            gate, up = nnf.linear(x_TD[t], module.gate_up_proj[e]).chunk(2, dim=-1)
+            y = nnf.linear(nnf.silu(gate) * up, module.down_proj[e]) * weight_TK[t, k, None]
             out_TD = out_TD.index_add(0, t, y.to(out_TD.dtype))
         return out_TD
 

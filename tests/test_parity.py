@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from safetensors import safe_open
 from support_hf import TINY, Ops, assert_close, relative, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM
@@ -33,7 +33,7 @@ def loss_and_gradients(model, ids, frozen=()):
         trained = "e_score_correction_bias" not in name and not any(part in name for part in frozen)
         parameter.requires_grad_(trained)
     logits = model(ids).logits
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    nnf.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in gradients.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)

@@ -1,5 +1,8 @@
-"""The oracle: a plain loop over experts in differentiable PyTorch, any dtype, nothing shared with the fast
-path.
+"""The oracle: a plain loop over experts in differentiable PyTorch, any dtype.
+
+It shares two things with the fast path, and tests hold both to something else: `Activation.forward`, to
+transformers' own activations (tests/test_activations.py), and the views `Weight.parts` and `Weight.out_in`,
+to indexing element by element (tests/test_weights.py).
 
 Legend: T tokens, K top-k, E experts, D model dim, F expert intermediate dim, G = 2F gated, else F.
 """
@@ -7,10 +10,10 @@ Legend: T tokens, K top-k, E experts, D model dim, F expert intermediate dim, G 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from torch import Tensor
 
-from fastexperts.activations import SWIGLU, Activation
+from fastexperts.activations import SWIGLU, Activation, resolve
 from fastexperts.weights import Weight, as_weight
 
 
@@ -21,7 +24,7 @@ def moe_mlp_reference(
     w1: Tensor | Weight,
     w2: Tensor | Weight,
     *,
-    activation: Activation = SWIGLU,
+    activation: str | Activation = SWIGLU,
 ) -> Tensor:
     """out_TD[t] = sum_k weight[t, k] * w2[e] act(w1[e] x[t]) with e = ids[t, k]; ids outside [0, E) add
     nothing.
@@ -29,12 +32,13 @@ def moe_mlp_reference(
     Arguments as `fastexperts.moe_mlp`. Every operation runs in the dtypes given: pass fp64 tensors for the
     truth, or bf16 ones for what a plain PyTorch loop makes of bf16.
     """
+    activation = resolve(activation, "moe_mlp_reference")
     w1_ECFD = as_weight(w1).parts(activation.parts)
     w2_EDF = as_weight(w2).out_in
     out_TD = torch.zeros_like(x_TD)
     for e in range(w2_EDF.shape[0]):
         t, k = torch.where(ids_TK == e)
-        h = torch.cat([F.linear(x_TD[t], w1_FD) for w1_FD in w1_ECFD[e]], dim=-1)
-        y = F.linear(activation.forward(h), w2_EDF[e])
+        h = torch.cat([nnf.linear(x_TD[t], w1_FD) for w1_FD in w1_ECFD[e]], dim=-1)
+        y = nnf.linear(activation.forward(h), w2_EDF[e])
         out_TD = out_TD.index_add(0, t, (y * weight_TK[t, k, None]).to(out_TD.dtype))
     return out_TD
