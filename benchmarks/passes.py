@@ -1,68 +1,86 @@
-"""Every step of the layer as a call on operands of the right scale, with its FLOPs and least bytes."""
+"""Every op of a training step of our layer, as a call on operands of the right scale.
+
+The one benchmark that knows the signatures in ops.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
-from shapes import Shape, routing
+from problems import Problem
 from torch import Tensor
 
 from fastexperts import ops
 
 SWIGLU = ("silu", [1.0, float("inf"), 0.0])
+# names of the grouped GEMMs among our kernels; _sum_dweight is none
+PRODUCT = re.compile(r"(grouped|hopper)_(mm|dw)$")
 
 
 @dataclass(frozen=True)
 class Pass:
-    """`flops` of the matrix products; `bytes` each operand read once and each result written once."""
+    """`flops` of the matrix products; `bytes`: each operand read once, each result written once; `tile`: its
+    name in kernels/tiles.py.
+    """
 
+    name: str
+    tile: str | None
     flops: int
     bytes: int
-    call: Callable[[], Tensor]
+    call: Callable[[], object]
 
 
-def layer_passes(
-    shape: Shape, tokens: int, kind: str, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Pass]:
-    """name -> `Pass`, forward first, in the order of a training step with all gradients."""
-    device, d, f, e, k = "cuda", shape.dim_d, shape.dim_f, shape.experts, shape.top_k
-    ids_TK, weight_TK = routing(shape, tokens, kind, device)
-    generator = torch.Generator(device=device).manual_seed(1)
+def is_product(kernel: str) -> bool:
+    """Whether the GPU kernel of this name is a grouped GEMM of ours."""
+    return PRODUCT.search(kernel) is not None
 
-    def normal(*dims: int) -> Tensor:
-        return torch.randn(*dims, device=device, dtype=dtype, generator=generator)
 
-    x_TD = normal(tokens, d)
-    w1_ECFD, w2_EDF = normal(e, 2, f, d) / d**0.5, normal(e, d, f) / f**0.5
-    block_m = ops.block_m(x_TD.device, dtype)
-    row, pair, offsets, schedule = ops.route(ids_TK, e, block_m)
-    h_PG, a_PF = ops.up(x_TD, w1_ECFD, pair, offsets, schedule, k, *SWIGLU, True)
-    x_PD = ops.gather(x_TD, row, pair, k)
+def tensors(values: object) -> list[Tensor]:
+    """The tensors in (nested) lists and tuples of arguments or results."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, list | tuple):
+        return [tensor for value in values for tensor in tensors(value)]
+    return []
 
-    def dh() -> tuple[Tensor, Tensor, Tensor]:
-        return ops.dh(x_PD, w2_EDF, h_PG, weight_TK, row, pair, offsets, schedule, *SWIGLU, True, True, True)
 
-    dh_PG, wa_PF, _ = dh()
-    gemm, pairs, size = 2 * tokens * k * d * f, tokens * k, dtype.itemsize
-    x_bytes, rows_d, rows_f, w = size * tokens * d, size * pairs * d, size * pairs * f, size * e * d * f
-    gather = Pass(0, x_bytes + rows_d, lambda: ops.gather(x_TD, row, pair, k))
-    combine = Pass(0, x_bytes + rows_d, lambda: ops.combine(x_PD, weight_TK, row, k, dtype))
-    return {
-        "route": Pass(0, 16 * pairs, lambda: ops.route(ids_TK, e, block_m)[0]),
-        "up": Pass(
-            2 * gemm,
-            x_bytes + 2 * w + 3 * rows_f,
-            lambda: ops.up(x_TD, w1_ECFD, pair, offsets, schedule, k, *SWIGLU, True)[0],
-        ),
-        "down": Pass(gemm, rows_f + w + rows_d, lambda: ops.down(a_PF, w2_EDF, offsets, schedule)),
-        "combine": combine,
-        "gather dout": gather,
-        "dh": Pass(gemm, rows_d + w + 5 * rows_f, lambda: dh()[0]),
-        "dw2": Pass(gemm, rows_d + rows_f + w, lambda: ops.dw2(x_PD, wa_PF, offsets, w2_EDF)),
-        "dx": Pass(2 * gemm, 2 * rows_f + 2 * w + rows_d, lambda: ops.dx(dh_PG, w1_ECFD, offsets, schedule)),
-        "combine dx": combine,
-        "gather x": gather,
-        "dw1": Pass(2 * gemm, rows_d + 2 * rows_f + 2 * w, lambda: ops.dw1(dh_PG, x_PD, offsets, w1_ECFD)),
-    }
+def least_bytes(read: Iterable[Tensor], written: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in (*read, *written))
+
+
+def layer_passes(problem: Problem) -> dict[str, Pass]:
+    """name -> `Pass` in the order of a training step with all gradients; products as in `dense_products`."""
+    shape, ids_TK, dtype = problem.shape, problem.ids_TK, problem.x_TD.dtype
+    x_TD, weight_TK, w1_EGD, w2_EDF = (leaf.detach() for leaf in problem.leaves)
+    w1_ECFD, dout_TD, k = w1_EGD.unflatten(1, (2, shape.dim_f)), problem.dout_TD, shape.top_k
+    passes: dict[str, Pass] = {}
+
+    def add(name: str, op: Callable, *args: object, tile: str | None = None, parts: int = 0, like: int = 0):
+        """Append the pass op(*args) and return its results. parts: products of 2*P*D*F operations; like: how
+        many of the last arguments only tell strides.
+        """
+        flops = 2 * parts * problem.tokens * k * shape.dim_d * shape.dim_f
+        results = op(*args)
+        read = tensors(args[: len(args) - like])
+        passes[name] = Pass(name, tile, flops, least_bytes(read, tensors(results)), lambda: op(*args))
+        return results
+
+    r = add("route", ops.route, ids_TK, shape.experts, ops.block_m(x_TD.device, dtype))
+    row, pair, offsets, schedule = r
+    h_PG, a_PF = add(
+        "up", ops.up, x_TD, w1_ECFD, pair, offsets, schedule, k, *SWIGLU, True, tile="up", parts=2
+    )
+    y_PD = add("down", ops.down, a_PF, w2_EDF, offsets, schedule, tile="down", parts=1)
+    add("combine", ops.combine, y_PD, weight_TK, row, k, dtype)
+    dout_PD = add("gather dout", ops.gather, dout_TD, row, pair, k)
+    dh_PG, wa_PF, _ = add(
+        "dh", ops.dh, dout_PD, w2_EDF, h_PG, weight_TK, *r, *SWIGLU, True, True, True, tile="dh", parts=1
+    )
+    add("dw2", ops.dw2, dout_PD, wa_PF, offsets, w2_EDF, tile="dw", parts=1, like=1)
+    dx_PD = add("dx", ops.dx, dh_PG, w1_ECFD, offsets, schedule, tile="dx", parts=2)
+    add("combine dx", ops.combine, dx_PD, None, row, k, dtype)
+    x_PD = add("gather x", ops.gather, x_TD, row, pair, k)
+    add("dw1", ops.dw1, dh_PG, x_PD, offsets, w1_ECFD, tile="dw", parts=2, like=1)
+    return passes
