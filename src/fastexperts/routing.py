@@ -63,18 +63,6 @@ class Routing:
         """The tensor fields in order, as they travel through the ops' schema."""
         return [self.row_of_pair_P, self.pair_of_row_P, self.offsets_E1, self.schedule_S2]
 
-    @property
-    def num_experts(self) -> int:
-        return self.offsets_E1.shape[0] - 1
-
-    @property
-    def num_pairs(self) -> int:
-        return self.row_of_pair_P.shape[0]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_pairs // self.top_k
-
 
 def schedule_length(num_pairs: int, num_experts: int, block_m: int) -> int:
     """S: entry 0 and the most tiles that any routing of `num_pairs` rows over `num_experts` can need."""
