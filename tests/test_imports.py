@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "fastexperts"
 
 # A module imports from the layers above its own line in this list, and from its own package; nothing else.
 LAYERS = (
-    {"errors"},
+    {"errors", "dtypes"},
     {"settings"},
     {"activations", "routing", "weights"},
     {"kernels"},

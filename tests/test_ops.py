@@ -85,6 +85,20 @@ def test_backends_agree(op, monkeypatch):
             torch.testing.assert_close(got[live], wanted[live])
 
 
+@pytest.mark.parametrize("needed", range(3))
+def test_what_dh_is_not_asked_for_takes_no_memory(needed):
+    """Also not as an empty view of what was computed."""
+    rows, calls = arguments()
+    *call, _, _, _ = calls["dh"]
+    every = cpu.dh(*call, True, True, True)
+    got = cpu.dh(*call, *(i == needed for i in range(3)))
+    for i, (tensor, whole) in enumerate(zip(got, every, strict=True)):
+        assert tensor.shape == (whole.shape if i == needed else (0, *whole.shape[1:]))
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    live = slice(None) if needed == 2 else rows  # dweight has all its rows
+    assert torch.equal(got[needed][live], every[needed][live])
+
+
 @pytest.mark.parametrize("activation", ["relu2", "reglu"])
 def test_a_nan_before_a_relu_stays_a_nan(monkeypatch, activation):
     use_interpreter(monkeypatch)

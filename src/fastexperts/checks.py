@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastexperts.activations import Activation
+from fastexperts.dtypes import DTYPES
 from fastexperts.errors import refuse
 from fastexperts.weights import Weight
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NAMES = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
 
 

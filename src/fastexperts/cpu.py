@@ -12,6 +12,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from fastexperts.activations import Activation
+from fastexperts.dtypes import accumulator
 from fastexperts.routing import route_torch as route
 
 __all__ = ["combine", "dh", "down", "dw", "dx", "gather", "route", "up"]
@@ -30,17 +31,17 @@ def up(
 ) -> tuple[Tensor, Tensor]:
     activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
     x_PD = x_TD[pair_of_row_P.clamp(min=0) // top_k]
-    h_PG = torch.cat([_rows_mm(x_PD, w.transpose(1, 2), offsets_E1) for w in w1_ECFD.unbind(1)], dim=1)
+    h_PG = torch.cat([_grouped_mm(x_PD, w.transpose(1, 2), offsets_E1) for w in w1_ECFD.unbind(1)], dim=1)
     return h_PG if keep_h else h_PG[:0].clone(), activation.forward(h_PG)
 
 
 def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
-    return _rows_mm(a_PF, w2_EDF.transpose(1, 2), offsets_E1)
+    return _grouped_mm(a_PF, w2_EDF.transpose(1, 2), offsets_E1)
 
 
 def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
     parts = zip(dh_PG.chunk(w1_ECFD.shape[1], dim=1), w1_ECFD.unbind(1), strict=True)
-    first, *rest = (_rows_mm(dh_PF, w_EFD, offsets_E1) for dh_PF, w_EFD in parts)
+    first, *rest = (_grouped_mm(dh_PF, w_EFD, offsets_E1) for dh_PF, w_EFD in parts)
     return first + rest[0] if rest else first
 
 
@@ -60,15 +61,15 @@ def dh(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     activation = Activation.of(act, h_PG.shape[1] == 2 * w2_EDF.shape[2], params)
-    wide = _accumulator(h_PG.dtype)
-    v_PF = _rows_mm(dout_PD, w2_EDF, offsets_E1).to(wide)
+    wide = accumulator(h_PG.dtype)
+    v_PF = _grouped_mm(dout_PD, w2_EDF, offsets_E1).to(wide)
     weight_P1 = weight_TK.reshape(-1)[pair_of_row_P.clamp(min=0)].to(wide)[:, None]
     a_PF, dh_PG = activation.vjp(h_PG.to(wide), weight_P1 * v_PF)
     dweight_P = (v_PF * a_PF).sum(-1)[row_of_pair_P.clamp(min=0)].where(row_of_pair_P >= 0, 0)
     return (
-        dh_PG[: None if need_dh else 0].to(h_PG.dtype),
-        (weight_P1 * a_PF)[: None if need_wa else 0].to(h_PG.dtype),
-        dweight_P.reshape(weight_TK.shape)[: None if need_dweight else 0].to(weight_TK.dtype),
+        _if(need_dh, dh_PG, h_PG.dtype),
+        _if(need_wa, weight_P1 * a_PF, h_PG.dtype),
+        _if(need_dweight, dweight_P.reshape(weight_TK.shape), weight_TK.dtype),
     )
 
 
@@ -79,7 +80,7 @@ def gather(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: in
 def combine(
     y_PD: Tensor, weight_TK: Tensor | None, row_of_pair_P: Tensor, top_k: int, dtype: torch.dtype
 ) -> Tensor:
-    wide = _accumulator(y_PD.dtype)
+    wide = accumulator(y_PD.dtype)
     out_TD = y_PD.new_zeros((row_of_pair_P.shape[0] // top_k, y_PD.shape[1]), dtype=wide)
     for k, row_T in enumerate(row_of_pair_P.view(-1, top_k).unbind(1)):
         y_TD = y_PD[row_T.clamp(min=0)].to(wide)
@@ -98,10 +99,6 @@ def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) 
     for part_PM, out_EMN in parts:
         out_EMN.copy_(_grouped_mm(part_PM.t(), rows_PN, offsets_E1))
     return out_ECMN
-
-
-def _rows_mm(rows_PK: Tensor, w_EKN: Tensor, offsets_E1: Tensor) -> Tensor:
-    return _grouped_mm(rows_PK, w_EKN, offsets_E1)
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets_E1: Tensor) -> Tensor:
@@ -127,6 +124,11 @@ def _grouped_mm(a: Tensor, b: Tensor, offsets_E1: Tensor) -> Tensor:
         return out
 
 
+def _if(needed: bool, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor`, or no rows of it: cloned, since a view would keep all of them alive."""
+    return tensor.to(dtype) if needed else tensor[:0].to(dtype).clone()
+
+
 def _aligned(matrix: Tensor) -> bool:
     rows, columns = matrix.stride()[-2:]
     major = rows if columns == 1 else columns
@@ -137,7 +139,3 @@ def _aligned(matrix: Tensor) -> bool:
         and matrix.data_ptr() % 16 == 0
         and batch_ok
     )
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastexperts.activations import Activation
-from fastexperts.checks import DTYPES
+from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.gate import WAY_OUT, activation_of
 from fastexperts.hf.inventory import (
