@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -286,3 +287,64 @@ def test_what_does_not_fit_is_named(fake_card, monkeypatch, tmp_path):
     assert [row.implementation for row in found] == ["dense", "fastexperts", "grouped_mm"]
     assert found[-1].skipped == "CUDA out of memory"
     assert "skipped: CUDA out of memory" in report.layer_table(found)
+
+
+def test_tune_changes_one_pass_and_puts_it_back():
+    tune = pytest.importorskip("tune")
+    tiles, where = tune.tiles, (torch.device("cpu"), torch.float32)
+    table = {name: tiles.tile(*where, name) for name in tiles.PASSES}
+    other = replace(table["up"], k=16)
+    with tune.with_tile("up", other), tune.with_tile("dx", None):
+        assert {name: tiles.tile(*where, name) for name in tiles.PASSES} == table | {"up": other}
+    assert {name: tiles.tile(*where, name) for name in tiles.PASSES} == table
+
+
+COMPILED = {
+    "environment": ENVIRONMENT,
+    "compile": {
+        "shape": "qwen3-30b",
+        "tokens": 256,
+        "runs": [
+            {
+                "cache": "cold",
+                "import_s": 5.0,
+                "context_s": 0.2,
+                "first_step_s": 31.5,
+                "second_step_s": 2e-3,
+                "built": 11,
+            }
+        ],
+        "changes": [{"what": "T = 7, balanced", "new": 0}],
+    },
+}
+
+
+def test_compile_section():
+    text = report.page({"compile-time": COMPILED})
+    assert "| cold | 5.00 | 0.20 | **31.50** | 2.0 | 11 |" in text
+    assert "| T = 7, balanced | 0 |" in text
+
+
+def test_compilations_are_counted_where_triton_keeps_them():
+    """Compiled for a card that is not here, in a process without the interpreter."""
+    script = """
+import compile_time, torch
+from offline import offline
+from fastexperts import kernels
+with offline(90):
+    ids = torch.zeros(8, 2, dtype=torch.int64)
+    seen = [compile_time.compilations()]
+    for tokens in (8, 8, 24):
+        kernels.combine(torch.zeros(tokens * 2, 64), None, ids, 2, torch.float32)
+        seen.append(compile_time.compilations())
+    kernels.combine(torch.zeros(16, 64), None, ids, 4, torch.float32)
+    print(*seen, compile_time.compilations())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "src")]
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.stdout.split() == ["0", "1", "1", "1", "2"], result.stderr
