@@ -69,18 +69,17 @@ def layer_passes(problem: Problem) -> dict[str, Pass]:
 
     r = add("route", ops.route, ids_TK, shape.experts, ops.block_m(x_TD.device, dtype))
     row, pair, offsets, schedule = r
+    maps = (row, pair, offsets, k)
     h_PG, a_PF = add(
         "up", ops.up, x_TD, w1_ECFD, pair, offsets, schedule, k, *SWIGLU, True, tile="up", parts=2
     )
     y_PD = add("down", ops.down, a_PF, w2_EDF, offsets, schedule, tile="down", parts=1)
     add("combine", ops.combine, y_PD, weight_TK, row, k, dtype)
-    dout_PD = add("gather dout", ops.gather, dout_TD, row, pair, k)
     dh_PG, wa_PF, _ = add(
-        "dh", ops.dh, dout_PD, w2_EDF, h_PG, weight_TK, *r, *SWIGLU, True, True, True, tile="dh", parts=1
+        "dh", ops.dh, dout_TD, w2_EDF, h_PG, weight_TK, *r, *SWIGLU, True, True, True, tile="dh", parts=1
     )
-    add("dw2", ops.dw2, dout_PD, wa_PF, offsets, w2_EDF, tile="dw", parts=1, like=1)
+    add("dw2", ops.dw2, dout_TD, wa_PF, *maps, w2_EDF, tile="dw", parts=1, like=1)
     dx_PD = add("dx", ops.dx, dh_PG, w1_ECFD, offsets, schedule, tile="dx", parts=2)
     add("combine dx", ops.combine, dx_PD, None, row, k, dtype)
-    x_PD = add("gather x", ops.gather, x_TD, row, pair, k)
-    add("dw1", ops.dw1, dh_PG, x_PD, offsets, w1_ECFD, tile="dw", parts=2, like=1)
+    add("dw1", ops.dw1, dh_PG, x_TD, *maps, w1_ECFD, tile="dw", parts=2, like=1)
     return passes

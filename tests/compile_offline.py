@@ -36,12 +36,12 @@ def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block
     h, a = kernels.up(x, w1, pair_of_row, offsets, schedule, TOP_K, *how, True)
     y = kernels.down(a, w2, offsets, schedule)
     kernels.combine(y, weight, row_of_pair, TOP_K, dtype)
-    rows = kernels.gather(x, row_of_pair, pair_of_row, TOP_K)
     routing = (row_of_pair, pair_of_row, offsets, schedule)
-    dh, wa, _ = kernels.dh(rows, w2, h, weight, *routing, *how, True, True, True)
+    maps = (row_of_pair, pair_of_row, offsets, TOP_K)
+    dh, wa, _ = kernels.dh(x, w2, h, weight, *routing, *how, True, True, True)
     kernels.combine(kernels.dx(dh, w1, offsets, schedule), None, row_of_pair, TOP_K, dtype)
-    kernels.dw(dh, rows, offsets, w1.to(weights))
-    kernels.dw(rows, wa, offsets, w2[:, None].to(weights))
+    kernels.dw1(dh, x, *maps, w1.to(weights))
+    kernels.dw2(x, wa, *maps, w2.to(weights))
 
 
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:

@@ -75,8 +75,8 @@ MUTANTS = (
     Mutant(
         "mm: an expert's last row is left out",
         "kernels/grouped_mm.py",
-        "m_m = o_m < tl.load(p_offsets + i_e + 1)",
-        "m_m = o_m < tl.load(p_offsets + i_e + 1) - 1",
+        "m_m = o_m < tl.load(p_tile + 2)",
+        "m_m = o_m < tl.load(p_tile + 2) - 1",
     ),
     Mutant(
         "mm: the last, partial K step is dropped",
@@ -87,8 +87,8 @@ MUTANTS = (
     Mutant(
         "mm: wrong expert for the last tile",
         "kernels/grouped_mm.py",
-        "p_schedule + 2 + 2 * i_m)",
-        "p_schedule + 2 + 2 * tl.minimum(i_m, num_m - 2))",
+        "p_tile = p_schedule + 3 + 3 * i_m",
+        "p_tile = p_schedule + 3 + 3 * tl.minimum(i_m, num_m - 2)",
     ),
     Mutant(
         "mm: W is not masked behind K",
@@ -207,7 +207,10 @@ MUTANTS = (
         "p_weight + i_t * TOP_K",
     ),
     Mutant(
-        "gather: columns are taken for adjacent", "kernels/combine.py", "o_d.to(tl.int64) * stride_d", "o_d"
+        "gather: a token's first row alone",
+        "kernels/combine.py",
+        "x, mask=m_d & (row >= 0)",
+        "x, mask=m_d & (row == 0)",
     ),
     Mutant(
         "dweight: the last column block is left out",

@@ -61,8 +61,10 @@ def spy_backend() -> Iterator[list[tuple[str, str]]]:
 
 @contextlib.contextmanager
 def spy_operands() -> Iterator[list[tuple[str, str]]]:
-    """("rows" or "weight", "descriptor" or "pointer") of each operand of a grouped GEMM inside."""
-    from fastexperts.kernels import grouped_dw, grouped_mm, operands
+    """("rows" or "weight", "descriptor" or "pointer") of each operand of a grouped GEMM inside; ("all", "ring") of
+    one for Hopper.
+    """
+    from fastexperts.kernels import grouped_dw, grouped_mm, hopper_dw, hopper_mm, operands
 
     seen: list[tuple[str, str]] = []
 
@@ -72,7 +74,19 @@ def spy_operands() -> Iterator[list[tuple[str, str]]]:
         seen.append(("rows" if tensor.dim() == 2 else "weight", path))
         return result
 
-    with mock.patch.object(grouped_mm, "operand", operand), mock.patch.object(grouped_dw, "operand", operand):
+    def ring(launch: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> None:
+            seen.append(("all", "ring"))
+            launch(*args, **kwargs)
+
+        return recorded
+
+    with (
+        mock.patch.object(grouped_mm, "operand", operand),
+        mock.patch.object(grouped_dw, "operand", operand),
+        mock.patch.object(hopper_mm, "launch", ring(hopper_mm.launch)),
+        mock.patch.object(hopper_dw, "launch", ring(hopper_dw.launch)),
+    ):
         yield seen
 
 

@@ -34,5 +34,6 @@ def test_entries(arch, size, tokens, kind, monkeypatch):
     monkeypatch.setattr(tiles, "tile", lookup)
     inputs = build(shapes.SHAPES["qwen3-30b"], tokens, kind, DTYPES[size])
     out = ours(inputs)
-    assert used == tiles.TABLE[arch, size].keys()
+    assert used <= tiles.TABLE[arch, size].keys()
+    assert used or (major, size) == (9, 2), "a table nobody reads"
     check(inputs, out, DTYPES[size])

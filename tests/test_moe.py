@@ -54,8 +54,9 @@ def test_nothing_is_computed_that_nobody_asked_for(frozen, backend):
     asked = set(case.asked)
     assert ran.count("dh") == bool(asked)
     assert ran.count("dx") == ("x" in asked)
-    assert ran.count("dw") == len(asked & {"w1", "w2"})
-    assert ran.count("gather") == bool(asked) + ("w1" in asked)
+    assert [name for name in ("dw1", "dw2") if name in ran] == [
+        f"d{name}" for name in ("w1", "w2") if name in asked
+    ]
     assert {"fastexperts::route", "fastexperts::moe_mlp"} <= set(dispatched.names)
     assert ("fastexperts::dw1" in dispatched.names, "fastexperts::dw2" in dispatched.names) == (
         "w1" in asked,
@@ -106,7 +107,7 @@ def test_saved_for_backward_are_x_h_weights_and_routing(backend):
     row_of_pair, pair_of_row, offsets, schedule = routing
     assert row_of_pair.shape == pair_of_row.shape == (pairs,)
     assert offsets.shape == (w2.shape[0] + 1,)
-    assert schedule.shape[1] == 2
+    assert schedule.shape[1] == 3
     assert {t.dtype for t in routing} == {torch.int32}
 
 
@@ -143,7 +144,7 @@ def test_double_backward_is_refused(backend):
 def test_an_op_by_itself_has_no_derivative():
     a = torch.randn(4, 16, requires_grad=True)
     offsets = torch.tensor([0, 4], dtype=torch.int32)
-    schedule = torch.tensor([[1, 128], [0, 0]], dtype=torch.int32)
+    schedule = torch.tensor([[1, 128, 0], [0, 0, 4]], dtype=torch.int32)
     y = ops.down(a, torch.randn(1, 8, 16), offsets, schedule)
     with pytest.raises(RuntimeError, match="create_graph"):
         y.sum().backward()

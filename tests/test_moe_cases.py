@@ -52,11 +52,10 @@ def expected_ops(case: Case) -> list[str]:
         return forward
     return [
         *forward,
-        "gather",
         "dh",
-        *(["dw"] if "w2" in asked else []),
+        *(["dw2"] if "w2" in asked else []),
         *(["dx", "combine"] if "x" in asked else []),
-        *(["gather", "dw"] if "w1" in asked else []),
+        *(["dw1"] if "w1" in asked else []),
     ]
 
 

@@ -42,7 +42,7 @@ def test_worked_example(route):
     assert row_of_pair == [2, 0, 1, -1, 3, 4]
     assert pair_of_row == [1, 2, 0, 4, 5, -1]
     assert offsets == [0, 2, 2, 5]
-    assert schedule[:4] == [[3, 2], [0, 0], [2, 2], [2, 4]]
+    assert schedule[:4] == [[3, 2, 0], [0, 0, 2], [2, 2, 5], [2, 4, 5]]
     doc = Routing.__doc__
     assert all(str(values) in doc for values in (row_of_pair, pair_of_row, offsets))
     assert f"{str(schedule[:4])[:-1]}, ...]" in doc
@@ -63,11 +63,12 @@ def test_invariants(kind, size, route):
     assert all(pair_of_row[row_of_pair[pair]] == pair for pair in valid)
     assert offsets == [sum(flat[pair] < e for pair in valid) for e in range(experts + 1)]
 
-    live, block = schedule[0]
+    live, block, _ = schedule[0]
     assert block == block_m
     assert live + 1 <= len(schedule) == schedule_length(len(flat), experts, block_m)
     covered = []
-    for expert, first in schedule[1 : 1 + live]:
+    for expert, first, end in schedule[1 : 1 + live]:
+        assert end == offsets[expert + 1]
         assert offsets[expert] <= first < offsets[expert + 1]
         covered += range(first, min(first + block_m, offsets[expert + 1]))
     assert covered == list(range(len(valid)))
@@ -93,7 +94,7 @@ def test_no_tokens(experts, route):
     row_of_pair, pair_of_row, offsets, schedule = route(torch.empty(0, 2, dtype=torch.int64), experts, 16)
     assert row_of_pair.numel() == pair_of_row.numel() == 0
     assert offsets.tolist() == [0] * (experts + 1)
-    assert schedule[0].tolist() == [0, 16]
+    assert schedule[0].tolist() == [0, 16, 0]
 
 
 def test_ids_beyond_int32_take_no_row(route):

@@ -15,7 +15,7 @@ from fastexperts.activations import Activation
 from fastexperts.dtypes import accumulator
 from fastexperts.routing import route_torch as route
 
-__all__ = ["combine", "dh", "down", "dw", "dx", "gather", "route", "up"]
+__all__ = ["combine", "dh", "down", "dw1", "dw2", "dx", "route", "up"]
 
 
 def up(
@@ -23,37 +23,37 @@ def up(
     w1_ECFD: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     top_k: int,
     act: str,
     params: list[float],
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
-    x_PD = x_TD[pair_of_row_P.clamp(min=0) // top_k]
+    x_PD = _gather(x_TD, pair_of_row_P, top_k)
     h_PG = torch.cat([_grouped_mm(x_PD, w.transpose(1, 2), offsets_E1) for w in w1_ECFD.unbind(1)], dim=1)
     return h_PG if keep_h else h_PG[:0].clone(), activation.forward(h_PG)
 
 
-def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     return _grouped_mm(a_PF, w2_EDF.transpose(1, 2), offsets_E1)
 
 
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     parts = zip(dh_PG.chunk(w1_ECFD.shape[1], dim=1), w1_ECFD.unbind(1), strict=True)
     first, *rest = (_grouped_mm(dh_PF, w_EFD, offsets_E1) for dh_PF, w_EFD in parts)
     return first + rest[0] if rest else first
 
 
 def dh(
-    dout_PD: Tensor,
+    dout_TD: Tensor,
     w2_EDF: Tensor,
     h_PG: Tensor,
     weight_TK: Tensor,
     row_of_pair_P: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     act: str,
     params: list[float],
     need_dh: bool,
@@ -62,6 +62,7 @@ def dh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     activation = Activation.of(act, h_PG.shape[1] == 2 * w2_EDF.shape[2], params)
     wide = accumulator(h_PG.dtype)
+    dout_PD = _gather(dout_TD, pair_of_row_P, weight_TK.shape[1])
     v_PF = _grouped_mm(dout_PD, w2_EDF, offsets_E1).to(wide)
     weight_P1 = weight_TK.reshape(-1)[pair_of_row_P.clamp(min=0)].to(wide)[:, None]
     a_PF, dh_PG = activation.vjp(h_PG.to(wide), weight_P1 * v_PF)
@@ -71,10 +72,6 @@ def dh(
         _if(need_wa, weight_P1 * a_PF, h_PG.dtype),
         _if(need_dweight, dweight_P.reshape(weight_TK.shape), weight_TK.dtype),
     )
-
-
-def gather(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
-    return x_TD[pair_of_row_P.clamp(min=0) // top_k]
 
 
 def combine(
@@ -90,7 +87,36 @@ def combine(
     return out_TD.to(dtype)
 
 
-def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
+def dw1(
+    dh_PG: Tensor,
+    x_TD: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w1_ECFD: Tensor,
+) -> Tensor:
+    return _dw(dh_PG, _gather(x_TD, pair_of_row_P, top_k), offsets_E1, w1_ECFD)
+
+
+def dw2(
+    dout_TD: Tensor,
+    wa_PF: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w2_EDF: Tensor,
+) -> Tensor:
+    return _dw(_gather(dout_TD, pair_of_row_P, top_k), wa_PF, offsets_E1, w2_EDF[:, None]).squeeze(1)
+
+
+def _gather(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
+    """x_PD[row] = x_TD[token of row]"""
+    return x_TD[pair_of_row_P.clamp(min=0) // top_k]
+
+
+def _dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
     """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of
     `like`.
     """

@@ -33,9 +33,9 @@ def forward(
     """(out_TD, h_PG). Products run in `dtype`; the casts live as long as the call."""
     act = (activation.fn, activation.params)
     h_PG, a_PF = ops.up(
-        x_TD.to(dtype), w1_ECFD.to(dtype), r.pair_of_row_P, r.offsets_E1, r.schedule_S2, r.top_k, *act, keep_h
+        x_TD.to(dtype), w1_ECFD.to(dtype), r.pair_of_row_P, r.offsets_E1, r.schedule_S3, r.top_k, *act, keep_h
     )
-    y_PD = ops.down(a_PF, w2_EDF.to(dtype), r.offsets_E1, r.schedule_S2)
+    y_PD = ops.down(a_PF, w2_EDF.to(dtype), r.offsets_E1, r.schedule_S3)
     return ops.combine(y_PD, weight_TK, r.row_of_pair_P, r.top_k, x_TD.dtype), h_PG
 
 
@@ -57,21 +57,21 @@ def backward(
     need_dx, need_dweight, need_dw1, need_dw2 = needs
     dx_TD = dweight_TK = dw1_ECFD = dw2_EDF = None
 
-    dout_PD = ops.gather(dout_TD.to(dtype), r.row_of_pair_P, r.pair_of_row_P, r.top_k)
+    dout_TD = dout_TD.to(dtype)
+    rows = (r.row_of_pair_P, r.pair_of_row_P, r.offsets_E1, r.top_k)
     dh_PG, wa_PF, dweight_TK = ops.dh(
-        dout_PD, w2_EDF.to(dtype), h_PG, weight_TK, *r.tensors, activation.fn, activation.params,
+        dout_TD, w2_EDF.to(dtype), h_PG, weight_TK, *r.tensors, activation.fn, activation.params,
         need_dx or need_dw1, need_dw2, need_dweight,
     )  # fmt: skip
     if need_dw2:
-        dw2_EDF = ops.dw2(dout_PD, wa_PF, r.offsets_E1, w2_EDF)
-    del dout_PD, wa_PF
+        dw2_EDF = ops.dw2(dout_TD, wa_PF, *rows, w2_EDF)
+    del wa_PF
     if need_dx:
-        dx_PD = ops.dx(dh_PG, w1_ECFD.to(dtype), r.offsets_E1, r.schedule_S2)
+        dx_PD = ops.dx(dh_PG, w1_ECFD.to(dtype), r.offsets_E1, r.schedule_S3)
         dx_TD = ops.combine(dx_PD, None, r.row_of_pair_P, r.top_k, x_TD.dtype)
         del dx_PD
     if need_dw1:
-        x_PD = ops.gather(x_TD.to(dtype), r.row_of_pair_P, r.pair_of_row_P, r.top_k)
-        dw1_ECFD = ops.dw1(dh_PG, x_PD, r.offsets_E1, w1_ECFD)
+        dw1_ECFD = ops.dw1(dh_PG, x_TD.to(dtype), *rows, w1_ECFD)
     return dx_TD, dweight_TK if need_dweight else None, dw1_ECFD, dw2_EDF
 
 

@@ -70,7 +70,7 @@ def block_m(device: torch.device, dtype: torch.dtype) -> int:
 
 @torch.library.custom_op("fastexperts::route", mutates_args=())
 def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of `Routing`: (row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2)."""
+    """The tensors of `Routing`: (row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3)."""
     if settings.check_ids():  # here and not in moe_mlp: the body of an op runs under torch.compile too
         check_ids(ids_TK, num_experts)
     return _implementation(ids_TK).route(ids_TK, num_experts, block_m)
@@ -84,19 +84,8 @@ def _(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, T
         ids_TK.new_empty(num_pairs, dtype=torch.int32),
         ids_TK.new_empty(num_pairs, dtype=torch.int32),
         ids_TK.new_empty(num_experts + 1, dtype=torch.int32),
-        ids_TK.new_empty((length, 2), dtype=torch.int32),
+        ids_TK.new_empty((length, 3), dtype=torch.int32),
     )
-
-
-@torch.library.custom_op("fastexperts::gather", mutates_args=())
-def gather(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
-    """x_PD[row] = x_TD[token of row]."""
-    return _implementation(x_TD).gather(x_TD, row_of_pair_P, pair_of_row_P, top_k)
-
-
-@gather.register_fake
-def _(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
-    return x_TD.new_empty((pair_of_row_P.shape[0], x_TD.shape[1]))
 
 
 @torch.library.custom_op("fastexperts::up", mutates_args=())
@@ -105,7 +94,7 @@ def up(
     w1_ECFD: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     top_k: int,
     act: str,
     params: list[float],
@@ -113,7 +102,7 @@ def up(
 ) -> tuple[Tensor, Tensor]:
     """h_PG = x_TD[token of row] @ w1^T and a_PF = act(h_PG); h is [0, G] unless `keep_h`."""
     return _implementation(x_TD).up(
-        x_TD, w1_ECFD, pair_of_row_P, offsets_E1, schedule_S2, top_k, act, params, keep_h
+        x_TD, w1_ECFD, pair_of_row_P, offsets_E1, schedule_S3, top_k, act, params, keep_h
     )
 
 
@@ -123,7 +112,7 @@ def _(
     w1_ECFD: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     top_k: int,
     act: str,
     params: list[float],
@@ -134,13 +123,13 @@ def _(
 
 
 @torch.library.custom_op("fastexperts::down", mutates_args=())
-def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     """y_PD = a_PF @ w2^T."""
-    return _implementation(a_PF).down(a_PF, w2_EDF, offsets_E1, schedule_S2)
+    return _implementation(a_PF).down(a_PF, w2_EDF, offsets_E1, schedule_S3)
 
 
 @down.register_fake
-def _(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def _(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     return a_PF.new_empty((a_PF.shape[0], w2_EDF.shape[1]))
 
 
@@ -163,40 +152,40 @@ def _(
 
 @torch.library.custom_op("fastexperts::dh", mutates_args=())
 def dh(
-    dout_PD: Tensor,
+    dout_TD: Tensor,
     w2_EDF: Tensor,
     h_PG: Tensor,
     weight_TK: Tensor,
     row_of_pair_P: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     act: str,
     params: list[float],
     need_dh: bool,
     need_wa: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v_PF = dout_PD @ w2, then (dh_PG, wa_PF, dweight_TK); what is not needed comes back with 0 rows.
+    """v_PF = dout_TD[token of row] @ w2, then (dh_PG, wa_PF, dweight_TK); what is not needed comes back with 0 rows.
 
     dh = act'(h) * (weight * v), wa = weight * act(h), dweight = sum_F v * act(h).
     """
     return _implementation(h_PG).dh(
-        dout_PD, w2_EDF, h_PG, weight_TK, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2, act, params,
+        dout_TD, w2_EDF, h_PG, weight_TK, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3, act, params,
         need_dh, need_wa, need_dweight,
     )  # fmt: skip
 
 
 @dh.register_fake
 def _(
-    dout_PD: Tensor,
+    dout_TD: Tensor,
     w2_EDF: Tensor,
     h_PG: Tensor,
     weight_TK: Tensor,
     row_of_pair_P: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     act: str,
     params: list[float],
     need_dh: bool,
@@ -213,39 +202,71 @@ def _(
 
 
 @torch.library.custom_op("fastexperts::dx", mutates_args=())
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     """dx_PD = dh_PG @ w1."""
-    return _implementation(dh_PG).dx(dh_PG, w1_ECFD, offsets_E1, schedule_S2)
+    return _implementation(dh_PG).dx(dh_PG, w1_ECFD, offsets_E1, schedule_S3)
 
 
 @dx.register_fake
-def _(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def _(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     return dh_PG.new_empty((dh_PG.shape[0], w1_ECFD.shape[3]))
 
 
 @torch.library.custom_op("fastexperts::dw1", mutates_args=())
-def dw1(dh_PG: Tensor, x_PD: Tensor, offsets_E1: Tensor, w1_ECFD: Tensor) -> Tensor:
-    """dw1_ECFD[e] = dh_PG[rows of e]^T @ x_PD[rows of e], in the dtype and the strides of `w1_ECFD`."""
-    return _implementation(dh_PG).dw(dh_PG, x_PD, offsets_E1, w1_ECFD)
+def dw1(
+    dh_PG: Tensor,
+    x_TD: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w1_ECFD: Tensor,
+) -> Tensor:
+    """dw1_ECFD[e] = dh_PG[rows of e]^T @ x_TD[token of rows], in the dtype and the strides of `w1_ECFD`."""
+    return _implementation(dh_PG).dw1(dh_PG, x_TD, row_of_pair_P, pair_of_row_P, offsets_E1, top_k, w1_ECFD)
 
 
 @dw1.register_fake
-def _(dh_PG: Tensor, x_PD: Tensor, offsets_E1: Tensor, w1_ECFD: Tensor) -> Tensor:
+def _(
+    dh_PG: Tensor,
+    x_TD: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w1_ECFD: Tensor,
+) -> Tensor:
     return torch.empty_like(w1_ECFD)
 
 
 @torch.library.custom_op("fastexperts::dw2", mutates_args=())
-def dw2(dout_PD: Tensor, wa_PF: Tensor, offsets_E1: Tensor, w2_EDF: Tensor) -> Tensor:
-    """dw2_EDF[e] = dout_PD[rows of e]^T @ wa_PF[rows of e], in the dtype and the strides of `w2_EDF`."""
-    return _implementation(wa_PF).dw(dout_PD, wa_PF, offsets_E1, w2_EDF[:, None]).squeeze(1)
+def dw2(
+    dout_TD: Tensor,
+    wa_PF: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w2_EDF: Tensor,
+) -> Tensor:
+    """dw2_EDF[e] = dout_TD[token of rows]^T @ wa_PF[rows of e], in the dtype and the strides of `w2_EDF`."""
+    return _implementation(wa_PF).dw2(dout_TD, wa_PF, row_of_pair_P, pair_of_row_P, offsets_E1, top_k, w2_EDF)
 
 
 @dw2.register_fake
-def _(dout_PD: Tensor, wa_PF: Tensor, offsets_E1: Tensor, w2_EDF: Tensor) -> Tensor:
+def _(
+    dout_TD: Tensor,
+    wa_PF: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w2_EDF: Tensor,
+) -> Tensor:
     return torch.empty_like(w2_EDF)
 
 
-ALL = (route, gather, up, down, combine, dh, dx, dw1, dw2)
+ALL = (route, up, down, combine, dh, dx, dw1, dw2)
 
 
 def no_double_backward(ctx: object, *grads: Tensor) -> None:

@@ -24,12 +24,12 @@ class Routing:
         row_of_pair_P  [2, 0, 1, -1, 3, 4]    pair 0 (token 0, expert 2) lies in row 2
         pair_of_row_P  [1, 2, 0, 4, 5, -1]    row 0 holds pair 1; row 5 holds nothing
         offsets_E1     [0, 2, 2, 5]           expert 0: rows 0-1, expert 1: none, expert 2: rows 2-4
-        schedule_S2    [[3, 2], [0, 0], [2, 2], [2, 4], ...]
+        schedule_S3    [[3, 2, 0], [0, 0, 2], [2, 2, 5], [2, 4, 5], ...]
 
     row_of_pair_P: row of a pair, -1 for a pair without an expert; injective elsewhere.
     pair_of_row_P: its inverse on rows [0, offsets_E1[E]); -1 in the rows behind.
     offsets_E1: rows [offsets[e], offsets[e+1]) belong to expert e; offsets[0] = 0, not decreasing.
-    schedule_S2: entry 0 is (live tiles, block_m); entry 1 + i is (expert, first row) of tile i. A tile
+    schedule_S3: entry 0 is (live tiles, block_m, 0); entry 1 + i is (expert, first row, end of the expert's rows) of tile i. A tile
         covers up to block_m rows and never crosses into the next expert; entries behind the live ones are
         undefined.
     """
@@ -37,7 +37,7 @@ class Routing:
     row_of_pair_P: Tensor
     pair_of_row_P: Tensor
     offsets_E1: Tensor
-    schedule_S2: Tensor
+    schedule_S3: Tensor
     top_k: int
 
     def __post_init__(self) -> None:
@@ -55,13 +55,13 @@ class Routing:
     @classmethod
     def of(cls, tensors: Sequence[Tensor], top_k: int) -> Routing:
         """The inverse of (`tensors`, `top_k`)."""
-        row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2 = tensors
-        return cls(row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2, top_k)
+        row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3 = tensors
+        return cls(row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3, top_k)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensor fields in order, as they travel through the ops' schema."""
-        return [self.row_of_pair_P, self.pair_of_row_P, self.offsets_E1, self.schedule_S2]
+        return [self.row_of_pair_P, self.pair_of_row_P, self.offsets_E1, self.schedule_S3]
 
 
 def schedule_length(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -91,13 +91,13 @@ def route_torch(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor,
     tile_S = torch.arange(schedule_length(num_pairs, num_experts, block_m) - 1, device=device)
     expert_S = torch.searchsorted(end_E, tile_S, right=True).clamp(max=num_experts - 1)
     first_S = offsets_E1[expert_S] + (tile_S - (end_E - tiles_E)[expert_S]) * block_m
-    head_12 = torch.stack([end_E[-1], torch.full_like(end_E[-1], block_m)])[None]
-    schedule_S2 = torch.cat([head_12, torch.stack([expert_S, first_S], dim=1)])
+    head_13 = torch.stack([end_E[-1], torch.full_like(end_E[-1], block_m), torch.zeros_like(end_E[-1])])[None]
+    schedule_S3 = torch.cat([head_13, torch.stack([expert_S, first_S, offsets_E1[expert_S + 1]], dim=1)])
     return (
         row_of_pair_P.to(torch.int32),
         pair_of_row_P.to(torch.int32),
         offsets_E1.to(torch.int32),
-        schedule_S2.to(torch.int32),
+        schedule_S3.to(torch.int32),
     )
 
 

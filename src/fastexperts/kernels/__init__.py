@@ -4,9 +4,9 @@ Kernel locals: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block; ever
 shape.
 """
 
-from fastexperts.kernels.combine import combine, gather
-from fastexperts.kernels.grouped_dw import dw
+from fastexperts.kernels.combine import combine
+from fastexperts.kernels.grouped_dw import dw1, dw2
 from fastexperts.kernels.grouped_mm import dh, down, dx, up
 from fastexperts.kernels.routing import route
 
-__all__ = ["combine", "dh", "down", "dw", "dx", "gather", "route", "up"]
+__all__ = ["combine", "dh", "down", "dw1", "dw2", "dx", "route", "up"]

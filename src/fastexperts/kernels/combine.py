@@ -44,11 +44,10 @@ def _combine(
 
 @triton.jit
 def _gather(
-    p_x,  # [T, D], rows `stride_t`, columns `stride_d` apart
+    p_x,  # [T, D], rows `stride_t` apart
     p_row_of_pair,  # [P]
     p_out,  # [P, D]
     stride_t,
-    stride_d,
     dim_d,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -57,7 +56,7 @@ def _gather(
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < dim_d
-    x = tl.load(p_x + i_t * stride_t + o_d.to(tl.int64) * stride_d, mask=m_d)
+    x = tl.load(p_x + i_t * stride_t + o_d, mask=m_d)
     for k in tl.static_range(TOP_K):
         row = tl.load(p_row_of_pair + i_t * TOP_K + k).to(tl.int64)
         tl.store(p_out + row * dim_d + o_d, x, mask=m_d & (row >= 0))
@@ -99,14 +98,14 @@ def combine(
     return out_TD
 
 
-def gather(x_TD: Tensor, row_of_pair_P: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
-    """Launch `_gather`; see ops.gather."""
+def gather(x_TD: Tensor, row_of_pair_P: Tensor, top_k: int) -> Tensor:
+    """x_PD[row] = x_TD[token of row], columns adjacent."""
     num_tokens, dim_d = x_TD.shape
     x_PD = x_TD.new_empty((row_of_pair_P.shape[0], dim_d))
     if x_PD.numel():
         block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
         _gather[(num_tokens, triton.cdiv(dim_d, block))](
-            x_TD, row_of_pair_P, x_PD, *x_TD.stride(), dim_d, TOP_K=top_k, BLOCK_D=block
+            x_TD, row_of_pair_P, x_PD, x_TD.stride(0), dim_d, TOP_K=top_k, BLOCK_D=block
         )
     return x_PD
 

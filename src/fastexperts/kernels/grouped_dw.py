@@ -10,9 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastexperts.kernels import tiles
+from fastexperts.kernels import hopper_dw, tiles
+from fastexperts.kernels.combine import gather
 from fastexperts.kernels.epilogues import halves
-from fastexperts.kernels.operands import accumulator, is_descriptor, operand, precision, processors
+from fastexperts.kernels.operands import (
+    accumulator,
+    is_descriptor,
+    operand,
+    packed,
+    precision,
+    processors,
+)
 
 
 @triton.jit
@@ -99,27 +107,75 @@ def _grouped_dw(
             tl.store(p_block, acc.to(out.dtype.element_ty), mask=m_block)
 
 
-def dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
-    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of
-    `like`.
+def dw1(
+    dh_PG: Tensor,
+    x_TD: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w1_ECFD: Tensor,
+) -> Tensor:
+    """See ops.dw1."""
+    maps = (row_of_pair_P, pair_of_row_P, top_k)
+    return _launch("dw1", dh_PG, x_TD, w1_ECFD, offsets_E1, *maps, gather_m=False)
+
+
+def dw2(
+    dout_TD: Tensor,
+    wa_PF: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    w2_EDF: Tensor,
+) -> Tensor:
+    """See ops.dw2."""
+    maps = (row_of_pair_P, pair_of_row_P, top_k)
+    return _launch("dw2", dout_TD, wa_PF, w2_EDF[:, None], offsets_E1, *maps, gather_m=True).squeeze(1)
+
+
+def _launch(
+    name: str,
+    rows_M: Tensor,
+    rows_N: Tensor,
+    like_ECMN: Tensor,
+    offsets_E1: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    top_k: int,
+    *,
+    gather_m: bool,
+) -> Tensor:
+    """out[e, c, m, n] = sum over rows of e of rows_M[row, c*M + m] * rows_N[row, n], dtype and strides of
+    `like`; rows_M (with `gather_m`) or rows_N holds tokens.
     """
     out_ECMN = torch.empty_like(like_ECMN)
     num_experts, parts, dim_m, dim_n = out_ECMN.shape
-    if out_ECMN.numel() == 0:
+    if out_ECMN.numel() == 0 or len(pair_of_row_P) == 0:
+        return out_ECMN.zero_()
+    rows_M, rows_N = packed(rows_M), packed(rows_N)
+    if hopper_dw.serves(rows_M, rows_N, out_ECMN):
+        hopper_dw.launch(name, rows_M, rows_N, out_ECMN, pair_of_row_P, offsets_E1, top_k, gather_m=gather_m)
         return out_ECMN
-    tile = tiles.tile(rows_PM.device, rows_PM.dtype, "dw")
-    a_op = operand(rows_PM, [tile.k, tile.m], parts)
-    b_op = operand(rows_PN, [tile.k, tile.n])
+    # a gather along the contraction costs these kernels more than a gather before it (docs/log.md)
+    if gather_m:
+        rows_M = gather(rows_M, row_of_pair_P, top_k)
+    else:
+        rows_N = gather(rows_N, row_of_pair_P, top_k)
+    tile = tiles.tile(rows_M.device, rows_M.dtype, "dw")
+    a_op = operand(rows_M, [tile.k, tile.m], parts)
+    b_op = operand(rows_N, [tile.k, tile.n])
     # the store goes through shared memory: fp32 gradients of bf16 operands in as many more slices
-    subtiles = tile.subtiles * max(1, out_ECMN.element_size() // rows_PM.element_size())
+    subtiles = tile.subtiles * max(1, out_ECMN.element_size() // rows_M.element_size())
     out_op = operand(out_ECMN, [1, 1, tile.m, tile.n // subtiles])
     num_tiles = num_experts * parts * triton.cdiv(dim_m, tile.m) * triton.cdiv(dim_n, tile.n)
-    programs = min(num_tiles, processors(rows_PM.device) * tile.programs_per_sm or num_tiles)
+    programs = min(num_tiles, processors(rows_M.device) * tile.programs_per_sm or num_tiles)
     _grouped_dw[(programs,)](
-        a_op, b_op, out_op, offsets_E1, rows_PM.stride(0), rows_PN.stride(0), *out_ECMN.stride(),
+        a_op, b_op, out_op, offsets_E1, rows_M.stride(0), rows_N.stride(0), *out_ECMN.stride(),
         num_experts, parts, dim_m, dim_n, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group,
         SUBTILES=subtiles, A_TMA=is_descriptor(a_op), B_TMA=is_descriptor(b_op),
-        OUT_TMA=is_descriptor(out_op), ACC=accumulator(rows_PM.dtype),
-        PRECISION=precision(rows_PM.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        OUT_TMA=is_descriptor(out_op), ACC=accumulator(rows_M.dtype),
+        PRECISION=precision(rows_M.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_ECMN

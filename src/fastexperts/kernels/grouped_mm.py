@@ -3,7 +3,7 @@
     pass  A                      W, as stored          epilogue
     up    x[token of row]        w1 (E, C, F, D)       h = acc, a = act(h)
     down  a                      w2 (E, 1, D, F)       y = acc
-    dh    dout of row            w2 (E, 1, D, F)^T     v = acc; dh, weight * a, dweight from h
+    dh    dout[token of row]     w2 (E, 1, D, F)^T     v = acc; dh, weight * a, dweight from h
     dx    dh (C parts along K)   w1 (E, C, F, D)^T     dx = acc
 
 Legend: see moe.py; N output columns (of one part), K contraction (of one part), S tiles, NB column blocks.
@@ -19,11 +19,22 @@ import triton.language as tl
 from torch import Tensor
 
 from fastexperts.activations import Activation
-from fastexperts.kernels import tiles
+from fastexperts.dtypes import accumulator as sum_dtype
+from fastexperts.errors import FastexpertsError
+from fastexperts.kernels import hopper_mm, tiles
 from fastexperts.kernels.activation import constants
 from fastexperts.kernels.combine import sum_dweight
 from fastexperts.kernels.epilogues import halves, store_act, store_dact, store_plain
-from fastexperts.kernels.operands import accumulator, is_descriptor, operand, precision, processors
+from fastexperts.kernels.operands import (
+    accumulator,
+    is_descriptor,
+    operand,
+    packed,
+    precision,
+    processors,
+)
+from fastexperts.kernels.ring import BLOCK_N, available
+from fastexperts.routing import schedule_length
 
 
 @triton.jit
@@ -61,8 +72,7 @@ def _grouped_mm(
     p_weight,  # [P] by pair
     p_dweight,  # [NB, P] by row: partial sums
     p_pair_of_row,  # [P]
-    p_offsets,  # [E + 1]
-    p_schedule,  # [S, 2]
+    p_schedule,  # [S, 3]
     stride_a, stride_we, stride_wc, stride_wn, stride_wk, N, K, num_rows,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS_K: tl.constexpr, KN: tl.constexpr,
     EPILOGUE: tl.constexpr, STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr,
@@ -88,12 +98,13 @@ def _grouped_mm(
         size_m = tl.minimum(num_m - first_m, GROUP)
         i_m = first_m + i_tile % (GROUP * num_n) % size_m
         i_n = i_tile % (GROUP * num_n) // size_m
-        i_e = tl.load(p_schedule + 2 + 2 * i_m)
-        row0 = tl.load(p_schedule + 3 + 2 * i_m)
+        p_tile = p_schedule + 3 + 3 * i_m
+        i_e = tl.load(p_tile)
+        row0 = tl.load(p_tile + 1)
         n0 = i_n * BN
 
         o_m = row0 + tl.arange(0, BM)
-        m_m = o_m < tl.load(p_offsets + i_e + 1)
+        m_m = o_m < tl.load(p_tile + 2)
         if GATHER:
             token = tl.load(p_pair_of_row + o_m, mask=m_m, other=0) // TOP_K
             p_a = A + token.to(tl.int64) * stride_a
@@ -142,7 +153,7 @@ def _grouped_mm(
 
 
 @dataclass(frozen=True)
-class _Epilogue:
+class Epilogue:
     """What an accumulator becomes, and the tensors that takes. One with 0 rows is not asked for."""
 
     kind: str  # "act": out = act(h), h written; "dact": out = weight * act(h), dh and partial written
@@ -163,12 +174,11 @@ def _launch(
     a: Tensor,
     w_EC__: Tensor,
     out_PN: Tensor,
-    offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     *,
     kn: bool,
     gather: tuple[Tensor, int] | None = None,
-    epilogue: _Epilogue | None = None,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """Launch pass `name` of the table above: descriptors where possible, the tile of tiles.py.
 
@@ -185,19 +195,26 @@ def _launch(
     parts_k = parts if kn else 1
     if rows == 0 or dim_n == 0:
         return
-    a = a if a.stride(1) == 1 else a.contiguous()
+    if len(schedule_S3) != schedule_length(rows, len(w_EC__), tile.m):
+        raise FastexpertsError(
+            f"fastexperts: `schedule` of {len(schedule_S3)} tiles was not made for tiles of {tile.m} rows; it needs "
+            "the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its backward."
+        )
+    a = packed(a)
+    if hopper_mm.serves(a, w_EC__, out_PN, kn, epilogue):
+        return hopper_mm.launch(name, a, w_EC__, out_PN, schedule_S3, kn=kn, gather=gather, epilogue=epilogue)
     a_op = a if gather else operand(a, [tile.m, tile.k], parts_k)
     w_op = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, parts, tile.n, tile.k])
     stride_e, stride_c, *inner = w_EC__.stride()
     stride_k, stride_n = inner if kn else inner[::-1]
-    num_tiles = (len(schedule_S2) - 1) * triton.cdiv(dim_n, tile.n)
+    num_tiles = (len(schedule_S3) - 1) * triton.cdiv(dim_n, tile.n)
     programs = min(num_tiles, processors(a.device) * tile.programs_per_sm or num_tiles)
     pair_of_row_P, top_k = gather or (epilogue.pair_of_row_P if epilogue else None, 1)
     tensors = (
         (epilogue.h_PG, epilogue.dh_PG, epilogue.weight_TK, epilogue.partial_NP) if epilogue else (None,) * 4
     )
     _grouped_mm[(programs,)](
-        a_op, w_op, out_PN, *tensors, pair_of_row_P, offsets_E1, schedule_S2,
+        a_op, w_op, out_PN, *tensors, pair_of_row_P, schedule_S3,
         a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k, rows,
         TOP_K=top_k, GATHER=gather is not None, PARTS_K=parts_k, KN=kn,
         EPILOGUE=epilogue.kind if epilogue else "none", STORE_OUT=len(out_PN) > 0,
@@ -215,7 +232,7 @@ def up(
     w1_ECFD: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     top_k: int,
     act: str,
     params: list[float],
@@ -225,39 +242,39 @@ def up(
     rows, (_, parts, dim_f, _) = pair_of_row_P.shape[0], w1_ECFD.shape
     h_PG, a_PF = x_TD.new_empty((rows if keep_h else 0, parts * dim_f)), x_TD.new_empty((rows, dim_f))
     nothing = x_TD.new_empty(0)
-    epilogue = _Epilogue(
+    epilogue = Epilogue(
         "act", Activation.of(act, parts == 2, params), h_PG, nothing, nothing, nothing, pair_of_row_P
     )
     _launch(
-        "up", x_TD, w1_ECFD, a_PF, offsets_E1, schedule_S2,
+        "up", x_TD, w1_ECFD, a_PF, schedule_S3,
         kn=False, gather=(pair_of_row_P, top_k), epilogue=epilogue,
     )  # fmt: skip
     return h_PG, a_PF
 
 
-def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     """See ops.down."""
     y_PD = a_PF.new_empty((a_PF.shape[0], w2_EDF.shape[1]))
-    _launch("down", a_PF, w2_EDF[:, None], y_PD, offsets_E1, schedule_S2, kn=False)
+    _launch("down", a_PF, w2_EDF[:, None], y_PD, schedule_S3, kn=False)
     return y_PD
 
 
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S2: Tensor) -> Tensor:
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
     """See ops.dx."""
     dx_PD = dh_PG.new_empty((dh_PG.shape[0], w1_ECFD.shape[3]))
-    _launch("dx", dh_PG, w1_ECFD, dx_PD, offsets_E1, schedule_S2, kn=True)
+    _launch("dx", dh_PG, w1_ECFD, dx_PD, schedule_S3, kn=True)
     return dx_PD
 
 
 def dh(
-    dout_PD: Tensor,
+    dout_TD: Tensor,
     w2_EDF: Tensor,
     h_PG: Tensor,
     weight_TK: Tensor,
     row_of_pair_P: Tensor,
     pair_of_row_P: Tensor,
     offsets_E1: Tensor,
-    schedule_S2: Tensor,
+    schedule_S3: Tensor,
     act: str,
     params: list[float],
     need_dh: bool,
@@ -269,10 +286,14 @@ def dh(
     activation = Activation.of(act, dim_g == 2 * dim_f, params)
     wa_PF = h_PG.new_empty((rows if need_wa else 0, dim_f))
     dh_PG = h_PG.new_empty((rows if need_dh else 0, dim_g))
-    wide = torch.float64 if h_PG.dtype == torch.float64 else torch.float32
-    blocks = triton.cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
-    partial_NP = torch.empty((blocks if need_dweight else 0, rows), dtype=wide, device=h_PG.device)
-    epilogue = _Epilogue("dact", activation, h_PG, dh_PG, weight_TK.contiguous(), partial_NP, pair_of_row_P)
-    _launch("dh", dout_PD, w2_EDF[:, None], wa_PF, offsets_E1, schedule_S2, kn=True, epilogue=epilogue)
+    dout_TD = packed(dout_TD)
+    ring = available(dout_TD, w2_EDF, h_PG)
+    blocks = triton.cdiv(dim_f, BLOCK_N if ring else tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
+    partial_NP = h_PG.new_empty((blocks if need_dweight else 0, rows), dtype=sum_dtype(h_PG.dtype))
+    epilogue = Epilogue("dact", activation, h_PG, dh_PG, weight_TK.contiguous(), partial_NP, pair_of_row_P)
+    _launch(
+        "dh", dout_TD, w2_EDF[:, None], wa_PF, schedule_S3,
+        kn=True, gather=(pair_of_row_P, weight_TK.shape[1]), epilogue=epilogue,
+    )  # fmt: skip
     dweight_TK = sum_dweight(partial_NP, row_of_pair_P, weight_TK) if need_dweight else weight_TK[:0].clone()
     return dh_PG, wa_PF, dweight_TK

@@ -21,7 +21,7 @@ def operand(tensor: Tensor, block: list[int], parts: int = 1) -> TensorDescripto
     `parts` side by side in the last dimension, each part too.
     """
     aligned_parts = tensor.shape[-1] // parts * tensor.element_size() % 16 == 0 or parts == 1
-    if settings.allow_tma() and has_tma(tensor.device) and _describable(tensor) and aligned_parts:
+    if settings.allow_tma() and has_tma(tensor.device) and describable(tensor) and aligned_parts:
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
     return tensor
 
@@ -30,7 +30,8 @@ def is_descriptor(value: TensorDescriptor | Tensor) -> bool:
     return isinstance(value, TensorDescriptor)
 
 
-def _describable(tensor: Tensor) -> bool:
+def describable(tensor: Tensor) -> bool:
+    """Whether the copy engine takes its base and strides."""
     *outer, last = tensor.stride()
     size = tensor.element_size()
     return (
@@ -39,6 +40,11 @@ def _describable(tensor: Tensor) -> bool:
         and tensor.data_ptr() % 16 == 0
         and all(s > 0 and s * size % 16 == 0 for s in outer)
     )
+
+
+def packed(rows: Tensor) -> Tensor:
+    """`rows`, or a contiguous copy where the copy engine or 16-byte copies would not take them."""
+    return rows if describable(rows) else rows.contiguous()
 
 
 @functools.cache

@@ -63,7 +63,7 @@ def _place(
     p_row_of_pair,  # [P] out
     p_pair_of_row,  # [P] out
     p_offsets,  # [E + 1] out
-    p_schedule,  # [S, 2] out
+    p_schedule,  # [S, 3] out
     num_pairs,
     num_experts,
     num_tiles,
@@ -84,6 +84,7 @@ def _place(
         tl.store(p_offsets, 0)
         tl.store(p_schedule, tl.sum(tiles, 0))
         tl.store(p_schedule + 1, BLOCK_M)
+        tl.store(p_schedule + 2, 0)
 
     o_p = i_b * BLOCK + tl.arange(0, BLOCK)
     m_p = o_p < num_pairs
@@ -106,8 +107,11 @@ def _place(
         expert = tl.minimum(tl.sum(before.to(tl.int32), 0), num_experts - 1)
         first_tile = tl.sum(tl.where(before, tiles, 0), 0)
         first_row = tl.sum(tl.where(o_e < expert, total, 0), 0)
-        tl.store(p_schedule + 2 + 2 * i_t, expert)
-        tl.store(p_schedule + 3 + 2 * i_t, first_row + (i_t - first_tile) * BLOCK_M)
+        rows_end = tl.sum(tl.where(o_e <= expert, total, 0), 0)
+        p_tile = p_schedule + 3 + 3 * i_t
+        tl.store(p_tile, expert)
+        tl.store(p_tile + 1, first_row + (i_t - first_tile) * BLOCK_M)
+        tl.store(p_tile + 2, rows_end)
 
 
 def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,18 +126,18 @@ def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tenso
 
     if num_pairs == 0:
         empty = new(0)
-        schedule_S2 = new(1, 2).zero_()
-        schedule_S2[0, 1] = block_m
-        return empty, empty.clone(), new(num_experts + 1).zero_(), schedule_S2
+        schedule_S3 = new(1, 3).zero_()
+        schedule_S3[0, 1] = block_m
+        return empty, empty.clone(), new(num_experts + 1).zero_(), schedule_S3
     count_BE = new(num_blocks, num_experts)
     total_E = new(num_experts)
     row_of_pair_P, pair_of_row_P = new(num_pairs), new(num_pairs)
-    offsets_E1, schedule_S2 = new(num_experts + 1), new(length, 2)
+    offsets_E1, schedule_S3 = new(num_experts + 1), new(length, 3)
     padded = max(16, triton.next_power_of_2(num_experts))
     _count[(num_blocks,)](ids_P, count_BE, num_pairs, num_experts, BLOCK=BLOCK, E2=padded)
     _scan[(num_experts,)](count_BE, total_E, num_blocks, num_experts, CHUNK=512)
     _place[(num_blocks,)](
-        ids_P, count_BE, total_E, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2,
+        ids_P, count_BE, total_E, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3,
         num_pairs, num_experts, length - 1, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m, num_warps=8,
     )  # fmt: skip
-    return row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S2
+    return row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3

@@ -41,6 +41,28 @@ class Tile:
                 raise ValueError(f"Tile: `{name}` got {value}; it needs a power of two. Round it.")
 
 
+@dataclass(frozen=True)
+class Ring:
+    """A Hopper kernel's slots (48 KB each: blocks of 128 x 64 and 64 x 256), its L2 group, and staging buffers of
+    8 KB a consumer. producer_registers: of 504 a thread, the consumers share the rest.
+    """
+
+    stages: int = 4
+    group: int = 8
+    buffers: int = 2
+    producer_registers: int = 40
+
+
+RINGS: dict[str, Ring] = {
+    "up": Ring(group=16, producer_registers=56),
+    "down": Ring(group=4),
+    "dh": Ring(stages=3, group=4, buffers=1, producer_registers=56),  # h takes 64 KB
+    "dx": Ring(group=4),
+    "dw1": Ring(group=4, producer_registers=56),
+    "dw2": Ring(group=8, producer_registers=56),
+}
+
+
 def _small(m: int, warps: int = 4) -> dict[str, Tile]:
     return dict.fromkeys(PASSES, Tile(m, m, 32, warps=warps, stages=2, subtiles=2))
 
@@ -68,6 +90,10 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
 }
 
 
+# by what shared memory holds: 227 KB a block in 9 and 10, about 100 in 8.6, 8.9 and 12
+_ARCHITECTURES = {8: "sm80", 9: "sm90", 10: "sm90", 12: "sm80"}
+
+
 def tile(device: torch.device, dtype: torch.dtype, name: str) -> Tile:
     """The tile of pass `name` (one of `PASSES`) for tensors of `dtype` on `device`."""
     return TABLE[_key(device, dtype)][name]
@@ -91,4 +117,13 @@ def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
         return "interpreter", dtype.itemsize
     if dtype.itemsize > 2:
         return "gpu", dtype.itemsize
-    return ("sm90" if torch.cuda.get_device_capability(device)[0] >= 9 else "sm80"), 2
+    major = torch.cuda.get_device_capability(device)[0]
+    if torch.version.hip or major not in _ARCHITECTURES:
+        raise refuse(
+            "fastexperts",
+            "device",
+            got=torch.cuda.get_device_name(device),
+            needs="an NVIDIA GPU of compute capability 8, 9, 10 or 12",
+            way_out="Set FASTEXPERTS_BACKEND=torch for PyTorch's grouped GEMM.",
+        )
+    return _ARCHITECTURES[major], 2

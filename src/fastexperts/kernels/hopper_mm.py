@@ -1,0 +1,324 @@
+"""The row-tiled products of grouped_mm.py for Hopper: the same four passes and epilogues around a ring.
+
+Legend: see moe.py and ring.py; M, N, K here are the dims of a product.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fastexperts.kernels import tiles
+from fastexperts.kernels.activation import act_forward, act_vjp, constants
+from fastexperts.kernels.operands import processors
+from fastexperts.kernels.ring import (
+    BLOCK_K,
+    BLOCK_M,
+    BLOCK_N,
+    CONSUMER_WARPS,
+    CONSUMERS,
+    REGISTERS,
+    SLICE,
+    advance,
+    available,
+    barriers,
+    before,
+    columns,
+    descriptor,
+    put,
+    ragged,
+    rows,
+    swizzle,
+    swizzled,
+)
+
+if TYPE_CHECKING:
+    from fastexperts.kernels.grouped_mm import Epilogue
+
+H_SLOTS = gl.constexpr(2)  # slots of h, SLICE columns of both parts each
+FAST = gl.constexpr(True)
+
+
+@gluon.jit
+def _mm_block(p_schedule, i_tile, num_m, num_n, GROUP: gl.constexpr):
+    """(expert, first row, end of the expert's rows, column block); behind the last block, the last one's"""
+    i_m, i_n = swizzle(gl.maximum(gl.minimum(i_tile, num_m * num_n - 1), 0), num_m, num_n, GROUP)
+    p_tile = p_schedule + 3 + 3 * i_m
+    return gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2), i_n
+
+
+@gluon.jit
+def _load_w(
+    w, i_e, k0, n0, bar, w_s, BN: gl.constexpr, BK: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr
+):
+    """Block [BK, BN] of an expert's weight; with two PARTS the same BN / 2 columns of both."""
+    if KN:
+        tma.async_copy_global_to_shared(w, [i_e, 0, k0, n0], bar, w_s)
+    else:
+        for part in gl.static_range(PARTS):
+            half = w_s.slice(part * (BN // PARTS), BN // PARTS)
+            tma.async_copy_global_to_shared(w, [i_e, part, n0, k0], bar, half)
+
+
+@gluon.jit
+def _mm_producer(
+    a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
+    TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
+    GATED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    a_s, w_s, full, empty = ring
+    h_s, h_full, h_empty = h_ring
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    BYTES: gl.constexpr = (BN if GATHER else BM + BN) * BK * 2
+    BN_OUT: gl.constexpr = BN // PARTS
+    num_n = gl.cdiv(N, BN_OUT)
+    num_m = gl.load(p_schedule)
+    slot, phase = 0, 1
+    h_slot, h_phase = 0, 1
+    i_e, row0, end, i_n = _mm_block(p_schedule, gl.program_id(0), num_m, num_n, GROUP)
+    if GATHER:
+        o_k = gl.arange(0, BK, gl.SliceLayout(0, ROWS))
+        o_m = gl.arange(0, BM, gl.SliceLayout(1, ROWS))
+        pair = gl.load(p_pair_of_row + row0 + o_m, mask=row0 + o_m < end, other=0)
+    for i_tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        n0 = i_n * BN_OUT
+        if GATHER:
+            p_a = a + ((pair // TOP_K).to(gl.int64) * stride_a)[:, None] + o_k[None, :]
+        # the next block and its pairs travel while this one is copied
+        following = _mm_block(p_schedule, i_tile + gl.num_programs(0), num_m, num_n, GROUP)
+        if GATHER:
+            pair = gl.load(
+                p_pair_of_row + following[1] + o_m, mask=following[1] + o_m < following[2], other=0
+            )
+        for k0 in range(0, K, BK):
+            mbarrier.wait(empty.index(slot), phase)
+            bar = full.index(slot)
+            mbarrier.expect(bar, BYTES)
+            _load_w(w, i_e, k0, n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
+            if GATHER:
+                m_k = gl.expand_dims(o_k < K - k0, 0)
+                async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_k)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            else:
+                tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.index(slot))
+            slot, phase = advance(slot, phase, STAGES)
+        if EPILOGUE == "dact":
+            # h follows through slots of its own, SLICE columns each
+            for j in gl.static_range(BN // SLICE):
+                mbarrier.wait(h_empty.index(h_slot), h_phase)
+                h_bar = h_full.index(h_slot)
+                mbarrier.expect(h_bar, (2 if GATED else 1) * BM * SLICE * 2)
+                for part in gl.static_range(2 if GATED else 1):
+                    h_part = h_s.index(2 * h_slot + part)
+                    tma.async_copy_global_to_shared(h, [row0, part, n0 + j * SLICE], h_bar, h_part)
+                h_slot, h_phase = advance(h_slot, h_phase, H_SLOTS)
+        i_e, row0, end, i_n = following
+
+
+@gluon.jit
+def _mm_consumer(
+    out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging, N, K, num_rows,
+    PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr, STORE_H: gl.constexpr,
+    STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, FN: gl.constexpr, GATED: gl.constexpr,
+    ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr, I: gl.constexpr,
+):  # fmt: skip
+    a_s, w_s, full, empty = ring
+    h_s, h_full, h_empty = h_ring
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    BN_OUT: gl.constexpr = BN // PARTS
+    ROWS: gl.constexpr = BM // CONSUMERS
+    num_n = gl.cdiv(N, BN_OUT)
+    num_m = gl.load(p_schedule)
+    slot, phase = 0, 0
+    h_slot, h_phase, filled = 0, 0, 0
+    _, row0, end, i_n = _mm_block(p_schedule, gl.program_id(0), num_m, num_n, GROUP)
+    for i_tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        acc = gl.zeros([ROWS, BN], gl.float32, MMA)
+        for k0 in range(0, K, BK):
+            mbarrier.wait(full.index(slot), phase)
+            block_w = w_s.index(slot) if KN else w_s.index(slot).permute((1, 0))
+            acc = warpgroup_mma(a_s.index(slot).slice(I * ROWS, ROWS), block_w, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=k0 > 0)
+            slot, phase = advance(slot, phase, STAGES)
+        # the next block is looked up while the last product runs
+        following = _mm_block(p_schedule, i_tile + gl.num_programs(0), num_m, num_n, GROUP)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
+
+        n0 = i_n * BN_OUT
+        row = row0 + I * ROWS
+        r0, r1, r2 = rows(row, end)
+        if EPILOGUE == "none":
+            for j in gl.static_range(BN // SLICE):
+                y = columns(acc, j, BN // SLICE)
+                put(out, [r0, r1, r2, n0 + j * SLICE], y, staging, I, j, BUFFERS)
+        elif EPILOGUE == "act":
+            NUM: gl.constexpr = BN_OUT // SLICE
+            STORES: gl.constexpr = (1 + PARTS) if STORE_H else 1
+            for j in gl.static_range(NUM):
+                n = n0 + j * SLICE
+                g = columns(acc, j, PARTS * NUM)
+                u = columns(acc, (PARTS - 1) * NUM + j, PARTS * NUM)
+                if STORE_H:
+                    put(h, [r0, r1, r2, 0, n], g, staging, I, STORES * j, BUFFERS)
+                    if GATED:
+                        put(h, [r0, r1, r2, 1, n], u, staging, I, STORES * j + 1, BUFFERS)
+                a = act_forward(g, u, FN, GATED, ALPHA, LIMIT, UP_SHIFT, FAST)
+                put(out, [r0, r1, r2, n], a, staging, I, STORES * j + STORES - 1, BUFFERS)
+        else:
+            REGS: gl.constexpr = columns(acc, 0, BN // SLICE).type.layout
+            o_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, REGS))
+            m_m = o_m < end
+            pair = gl.load(p_pair_of_row + o_m, mask=m_m, other=0)
+            weight = gl.load(p_weight + pair, mask=m_m, other=0.0).to(gl.float32)
+            dweight = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, REGS))
+            for j in gl.static_range(BN // SLICE):
+                n = n0 + j * SLICE
+                mbarrier.wait(h_full.index(h_slot), h_phase)
+                g_s = h_s.index(2 * h_slot).slice(I * ROWS, ROWS)
+                u_s = h_s.index(2 * h_slot + 1).slice(I * ROWS, ROWS)
+                v = columns(acc, j, BN // SLICE)
+                g = g_s.load(REGS).to(gl.float32)
+                u = u_s.load(REGS).to(gl.float32) if GATED else g
+                a, dg, du = act_vjp(g, u, v * weight[:, None], FN, GATED, ALPHA, LIMIT, UP_SHIFT, FAST)
+                dweight += gl.sum(v * a, 1)
+                # the slot before this one is free once its stores have been read
+                tma.store_wait(0)
+                mbarrier.arrive(h_empty.index(before(h_slot, H_SLOTS)), count=1, pred=filled > 0)
+                filled += 1
+                if STORE_OUT:
+                    wa_s = staging.index(I)
+                    wa_s.store((a * weight[:, None]).to(h.dtype))
+                if STORE_H:
+                    # in place: a thread writes where it read
+                    g_s.store(dg.to(h.dtype))
+                    if GATED:
+                        u_s.store(du.to(h.dtype))
+                fence_async_shared()
+                if STORE_OUT:
+                    tma.async_copy_shared_to_global(out, [r0, r1, r2, n], wa_s)
+                if STORE_H:
+                    tma.async_copy_shared_to_global(dh, [r0, r1, r2, 0, n], g_s)
+                    if GATED:
+                        tma.async_copy_shared_to_global(dh, [r0, r1, r2, 1, n], u_s)
+                h_slot, h_phase = advance(h_slot, h_phase, H_SLOTS)
+            if STORE_DWEIGHT:
+                gl.store(p_dweight + i_n.to(gl.int64) * num_rows + o_m, dweight, mask=m_m)
+        _, row0, end, i_n = following
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_rows"])
+def _hopper_mm(
+    a,  # descriptor [P, K], or pointer [T, K] with GATHER
+    w,  # descriptor (E, C, N, K), or (E, 1, K, N) with KN
+    out,  # ragged descriptor [P, N]
+    h,  # ragged descriptor [P, C, N] of "act", descriptor of "dact"
+    dh,  # ragged descriptor [P, C, N]
+    p_weight,  # [P] by pair
+    p_dweight,  # [NB, P] by row: partial sums
+    p_pair_of_row,  # [P]
+    p_schedule,  # [S, 3]
+    stride_a, N, K, num_rows,
+    TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr,
+    EPILOGUE: gl.constexpr, STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr,
+    FN: gl.constexpr, GATED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Grid (programs,), persistent; see grouped_mm._grouped_mm for what a block is."""
+    DTYPE: gl.constexpr = w.dtype
+    FILLS: gl.constexpr = 129 if GATHER else 1  # the producer's threads, and the copy engine's bytes
+    W_SHAPE: gl.constexpr = [STAGES, BK, BN] if KN else [STAGES, BN, BK]
+    a_s = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], LAYOUT)
+    w_s = gl.allocate_shared_memory(DTYPE, W_SHAPE, LAYOUT)
+    staging = gl.allocate_shared_memory(DTYPE, [CONSUMERS * BUFFERS, BM // CONSUMERS, SLICE], LAYOUT)
+    full, empty = barriers(STAGES, FILLS)
+    ring = (a_s, w_s, full, empty)
+    h_ring = (a_s, full, empty)
+    if EPILOGUE == "dact":
+        h_s = gl.allocate_shared_memory(DTYPE, [2 * H_SLOTS, BM, SLICE], LAYOUT)
+        h_full, h_empty = barriers(H_SLOTS, 1)
+        h_ring = (h_s, h_full, h_empty)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
+                            N, K, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, FN, GATED,
+                            ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
+            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
+                            N, K, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, FN, GATED,
+                            ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
+            (_mm_producer, (a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, TOP_K, GATHER,
+                            PARTS, KN, EPILOGUE, GATED, BM, BN, BK, GROUP, STAGES)),
+        ],
+        [4, 4 if GATHER else 1],
+        [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+def serves(a: Tensor, w_EC__: Tensor, out_PN: Tensor, kn: bool, epilogue: Epilogue | None) -> bool:
+    """Whether `launch` takes these operands; with `kn`, parts must follow each other."""
+    tensors = [a, w_EC__, out_PN, *((epilogue.h_PG, epilogue.dh_PG) if epilogue else ())]
+    return (not kn or w_EC__.shape[1] == 1) and available(*tensors)
+
+
+def launch(
+    name: str,
+    a: Tensor,
+    w_EC__: Tensor,
+    out_PN: Tensor,
+    schedule_S3: Tensor,
+    *,
+    kn: bool,
+    gather: tuple[Tensor, int] | None,
+    epilogue: Epilogue | None,
+) -> None:
+    """As grouped_mm._launch."""
+    ring = tiles.RINGS[name]
+    _, parts, *dims = w_EC__.shape
+    dim_k, dim_n = dims if kn else dims[::-1]
+    num_rows = len(gather[0]) if gather else len(a)
+    half, box = BLOCK_M // CONSUMERS.value, SLICE.value
+    programs = min(
+        (len(schedule_S3) - 1) * triton.cdiv(dim_n, BLOCK_N // (1 if kn else parts)), processors(a.device)
+    )
+    pair_of_row_P, top_k = gather or (schedule_S3, 1)
+    p_weight = p_dweight = schedule_S3
+    h = dh = out = ragged(out_PN, [half, box]) if len(out_PN) else None
+    stores_h = stores_dweight = False
+    if epilogue:
+        stores_h, stores_dweight = epilogue.stores_h, len(epilogue.partial_NP) > 0
+        if epilogue.kind == "act" and stores_h:
+            h = ragged(epilogue.h_PG.unflatten(1, (-1, dim_n)), [half, 1, box])
+        elif epilogue.kind == "dact":
+            h = descriptor(epilogue.h_PG.unflatten(1, (-1, dim_n)), [BLOCK_M, 1, box])
+            out = out or h
+            dh = ragged(epilogue.dh_PG.unflatten(1, (-1, dim_n)), [half, 1, box]) if stores_h else h
+            p_weight, p_dweight = epilogue.weight_TK, epilogue.partial_NP
+    _hopper_mm[(programs,)](
+        a if gather else descriptor(a, [BLOCK_M, BLOCK_K]),
+        descriptor(w_EC__, [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]),
+        out, h, dh, p_weight, p_dweight, pair_of_row_P, schedule_S3, a.stride(0), dim_n, dim_k, num_rows,
+        TOP_K=top_k, GATHER=gather is not None, PARTS=1 if kn else parts, KN=kn,
+        EPILOGUE=epilogue.kind if epilogue else "none", STORE_H=stores_h, STORE_OUT=len(out_PN) > 0,
+        STORE_DWEIGHT=stores_dweight, **constants(epilogue.activation if epilogue else None),
+        BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group, STAGES=ring.stages, BUFFERS=ring.buffers,
+        PRODUCER_REGISTERS=ring.producer_registers, LAYOUT=swizzled(2), num_warps=CONSUMER_WARPS,
+    )  # fmt: skip

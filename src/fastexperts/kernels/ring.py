@@ -1,0 +1,134 @@
+"""What the Hopper kernels share, in Gluon: a ring of slots in shared memory between warps with roles.
+
+One program per SM walks the output blocks [BM, BN]. A producer fills the ring, a slot per step of the
+contraction: through the copy engine (TMA), gathered rows by cp.async. Two consumers of four warps own 64 rows
+of the block each and multiply from the ring; they drift apart up to its depth, so that one's epilogue runs
+beside the other's products. Results leave through `staging` and the copy engine.
+
+An expert's rows end where the next one's begin, and no block has to know: a "ragged" descriptor moves the
+expert's end to the tensor's bound, where the hardware reads zeros and drops writes (the idea of
+triton.tools.ragged_tma: coordinates whose 64-bit addresses wrap around).
+
+Barriers: `full` of a slot counts its copies, `empty` its consumers. Slots hold bf16 or fp16, sums are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fastexperts import settings
+from fastexperts.kernels.operands import describable
+
+CONSUMERS = gl.constexpr(2)
+CONSUMER_WARPS = 4
+REGISTERS = gl.constexpr(504)  # a thread of each of the three warp groups, together
+BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
+SLICE = gl.constexpr(64)  # columns of an epilogue's step: 128 bytes of bf16, the swizzle's width
+END = gl.constexpr(1 << 30)  # bound of a ragged descriptor's rows
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether these operands can go through the ring: a Hopper GPU, two bytes, strides the copy engine takes."""
+    return settings.allow_tma() and all(
+        tensor.is_cuda
+        and tensor.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(tensor.device)[0] == 9
+        and (tensor.shape[0] == 0 or describable(tensor))
+        and tensor.shape[0] <= END.value
+        for tensor in tensors
+    )
+
+
+def swizzled(rank: int, bits: int = 16) -> gl.NVMMASharedLayout:
+    """The shared layout of blocks that wgmma and the copy engine read: rows of 128 bytes, swizzled."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
+
+
+def descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    layout = swizzled(len(block), 8 * tensor.element_size())
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+
+
+def ragged(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """A descriptor whose rows end where the coordinates of `rows` say. `block` leads with its rows."""
+    far, stride = 0x7FFF0000, tensor.stride(0)
+    return TensorDescriptor(
+        tensor,
+        [far, far, END.value, *tensor.shape[1:]],
+        [2**34 - stride, stride, *tensor.stride()],
+        [1, 1, *block],
+        swizzled(2 + len(block), 8 * tensor.element_size()),
+    )
+
+
+@gluon.jit
+def rows(row, end):
+    """The three leading coordinates of `row` in a ragged descriptor of rows that end at `end`."""
+    return END, end, END - (end - row)
+
+
+@gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    """The ring's next slot; the phase of its barriers flips with every round."""
+    last = slot == STAGES - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def before(slot, STAGES: gl.constexpr):
+    """The slot before `slot`. Not a loop variable: Triton 3.6 and 3.7 take one that starts as an alias of
+    `slot` for a constant of the loop.
+    """
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
+
+
+@gluon.jit
+def columns(block, I: gl.constexpr, NUM: gl.constexpr):
+    """Slice I of NUM equal slices of the columns; in registers."""
+    if NUM == 1:
+        return block
+    else:
+        HALF: gl.constexpr = block.shape[1] // 2
+        left, right = block.reshape([block.shape[0], 2, HALF]).permute((0, 2, 1)).split()
+        if I < NUM // 2:
+            return columns(left, I, NUM // 2)
+        else:
+            return columns(right, I - NUM // 2, NUM // 2)
+
+
+@gluon.jit
+def swizzle(i, num_m, num_n, GROUP: gl.constexpr):
+    """(row, column) of block i: GROUP rows of blocks walk the columns together, so that their operands meet
+    in L2.
+    """
+    first_m = i // (GROUP * num_n) * GROUP
+    size_m = gl.minimum(num_m - first_m, GROUP)
+    return first_m + i % (GROUP * num_n) % size_m, i % (GROUP * num_n) // size_m
+
+
+@gluon.jit
+def put(out, coord, value, staging, I: gl.constexpr, NUM: gl.constexpr, BUFFERS: gl.constexpr):
+    """Store number NUM of a block: through the next staging buffer, once its last store has been read."""
+    tma.store_wait(BUFFERS - 1)
+    buffer = staging.index(I * BUFFERS + NUM % BUFFERS)
+    buffer.store(value.to(out.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, coord, buffer)
+
+
+@gluon.jit
+def barriers(NUM: gl.constexpr, FILLS: gl.constexpr):
+    """(full, empty) of NUM slots, a slot full after FILLS arrivals. A fence must follow."""
+    full = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(full.index(i), count=FILLS)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    return full, empty
