@@ -166,7 +166,8 @@ def dh(
     need_wa: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v_PF = dout_TD[token of row] @ w2, then (dh_PG, wa_PF, dweight_TK); what is not needed comes back with 0 rows.
+    """v_PF = dout_TD[token of row] @ w2, then (dh_PG, wa_PF, dweight_TK); what is not needed comes back
+    with 0 rows.
 
     dh = act'(h) * (weight * v), wa = weight * act(h), dweight = sum_F v * act(h).
     """

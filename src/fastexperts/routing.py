@@ -29,9 +29,9 @@ class Routing:
     row_of_pair_P: row of a pair, -1 for a pair without an expert; injective elsewhere.
     pair_of_row_P: its inverse on rows [0, offsets_E1[E]); -1 in the rows behind.
     offsets_E1: rows [offsets[e], offsets[e+1]) belong to expert e; offsets[0] = 0, not decreasing.
-    schedule_S3: entry 0 is (live tiles, block_m, 0); entry 1 + i is (expert, first row, end of the expert's rows) of tile i. A tile
-        covers up to block_m rows and never crosses into the next expert; entries behind the live ones are
-        undefined.
+    schedule_S3: entry 0 is (live tiles, block_m, 0); entry 1 + i is (expert, first row, end of the expert's
+        rows) of tile i. A tile covers up to block_m rows and never crosses into the next expert; entries
+        behind the live ones are undefined.
     """
 
     row_of_pair_P: Tensor

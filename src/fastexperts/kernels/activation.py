@@ -13,7 +13,7 @@ from fastexperts.activations import Activation
 
 @triton.jit
 def _sigmoid(x, FAST: tl.constexpr):
-    """1 / (1 + exp(-x)); FAST (fp32, PTX) in four instructions, within 2 ulp, where tl.sigmoid takes a dozen for
+    """1 / (1 + exp(-x)); FAST (fp32, PTX) in four instructions, within 2 ulp: tl.sigmoid takes a dozen, for
     denormals that the sum with 1 drops.
     """
     if FAST:

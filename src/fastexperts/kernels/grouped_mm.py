@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -197,12 +196,13 @@ def _launch(
         return
     if len(schedule_S3) != schedule_length(rows, len(w_EC__), tile.m):
         raise FastexpertsError(
-            f"fastexperts: `schedule` of {len(schedule_S3)} tiles was not made for tiles of {tile.m} rows; it needs "
-            "the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its backward."
+            f"fastexperts: `schedule` of {len(schedule_S3)} tiles was not made for tiles of {tile.m} rows; it "
+            "needs the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its backward."
         )
     a = packed(a)
     if hopper_mm.serves(a, w_EC__, out_PN, kn, epilogue):
-        return hopper_mm.launch(name, a, w_EC__, out_PN, schedule_S3, kn=kn, gather=gather, epilogue=epilogue)
+        hopper_mm.launch(name, a, w_EC__, out_PN, schedule_S3, kn=kn, gather=gather, epilogue=epilogue)
+        return
     a_op = a if gather else operand(a, [tile.m, tile.k], parts_k)
     w_op = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, parts, tile.n, tile.k])
     stride_e, stride_c, *inner = w_EC__.stride()

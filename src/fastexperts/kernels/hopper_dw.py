@@ -1,4 +1,4 @@
-"""The ragged-contraction product of grouped_dw.py for Hopper, around a ring; one operand is gathered by token.
+"""The ragged-contraction product of grouped_dw.py for Hopper, around a ring; one operand is gathered.
 
 Legend: see moe.py and ring.py; M, N dims of one part of the weight.
 """
@@ -121,7 +121,7 @@ def _dw_producer(
 @gluon.jit
 def _dw_consumer(
     out, p_offsets, ring, staging, num_experts, parts, M, N, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, I: gl.constexpr,
+    BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     a_s, b_s, full, empty = ring
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -135,7 +135,7 @@ def _dw_consumer(
         acc = gl.zeros([BM // CONSUMERS, BN], gl.float32, MMA)
         for row0 in range(start, end, BK):
             mbarrier.wait(full.index(slot), phase)
-            block_a = a_s.index(slot * CONSUMERS + I).permute((1, 0))
+            block_a = a_s.index(slot * CONSUMERS + SIDE).permute((1, 0))
             acc = warpgroup_mma(block_a, b_s.index(slot), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=row0 > start)
@@ -148,7 +148,9 @@ def _dw_consumer(
         mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=start < end)
         for j in gl.static_range(BN // WIDTH):
             dw = columns(acc, j, BN // WIDTH)
-            put(out, [i_e, part, m0 + I * (BM // CONSUMERS), n0 + j * WIDTH], dw, staging, I, j, BUFFERS)
+            put(
+                out, [i_e, part, m0 + SIDE * (BM // CONSUMERS), n0 + j * WIDTH], dw, staging, SIDE, j, BUFFERS
+            )
         i_e, start, end, part, m0, n0 = following
     tma.store_wait(0)
 

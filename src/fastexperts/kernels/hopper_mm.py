@@ -135,7 +135,7 @@ def _mm_consumer(
     STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, FN: gl.constexpr, GATED: gl.constexpr,
     ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr, I: gl.constexpr,
+    BUFFERS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
     h_s, h_full, h_empty = h_ring
@@ -152,7 +152,7 @@ def _mm_consumer(
         for k0 in range(0, K, BK):
             mbarrier.wait(full.index(slot), phase)
             block_w = w_s.index(slot) if KN else w_s.index(slot).permute((1, 0))
-            acc = warpgroup_mma(a_s.index(slot).slice(I * ROWS, ROWS), block_w, acc, is_async=True)
+            acc = warpgroup_mma(a_s.index(slot).slice(SIDE * ROWS, ROWS), block_w, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=k0 > 0)
             slot, phase = advance(slot, phase, STAGES)
@@ -162,12 +162,12 @@ def _mm_consumer(
         mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
 
         n0 = i_n * BN_OUT
-        row = row0 + I * ROWS
+        row = row0 + SIDE * ROWS
         r0, r1, r2 = rows(row, end)
         if EPILOGUE == "none":
             for j in gl.static_range(BN // SLICE):
                 y = columns(acc, j, BN // SLICE)
-                put(out, [r0, r1, r2, n0 + j * SLICE], y, staging, I, j, BUFFERS)
+                put(out, [r0, r1, r2, n0 + j * SLICE], y, staging, SIDE, j, BUFFERS)
         elif EPILOGUE == "act":
             NUM: gl.constexpr = BN_OUT // SLICE
             STORES: gl.constexpr = (1 + PARTS) if STORE_H else 1
@@ -176,11 +176,11 @@ def _mm_consumer(
                 g = columns(acc, j, PARTS * NUM)
                 u = columns(acc, (PARTS - 1) * NUM + j, PARTS * NUM)
                 if STORE_H:
-                    put(h, [r0, r1, r2, 0, n], g, staging, I, STORES * j, BUFFERS)
+                    put(h, [r0, r1, r2, 0, n], g, staging, SIDE, STORES * j, BUFFERS)
                     if GATED:
-                        put(h, [r0, r1, r2, 1, n], u, staging, I, STORES * j + 1, BUFFERS)
+                        put(h, [r0, r1, r2, 1, n], u, staging, SIDE, STORES * j + 1, BUFFERS)
                 a = act_forward(g, u, FN, GATED, ALPHA, LIMIT, UP_SHIFT, FAST)
-                put(out, [r0, r1, r2, n], a, staging, I, STORES * j + STORES - 1, BUFFERS)
+                put(out, [r0, r1, r2, n], a, staging, SIDE, STORES * j + STORES - 1, BUFFERS)
         else:
             REGS: gl.constexpr = columns(acc, 0, BN // SLICE).type.layout
             o_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, REGS))
@@ -191,8 +191,8 @@ def _mm_consumer(
             for j in gl.static_range(BN // SLICE):
                 n = n0 + j * SLICE
                 mbarrier.wait(h_full.index(h_slot), h_phase)
-                g_s = h_s.index(2 * h_slot).slice(I * ROWS, ROWS)
-                u_s = h_s.index(2 * h_slot + 1).slice(I * ROWS, ROWS)
+                g_s = h_s.index(2 * h_slot).slice(SIDE * ROWS, ROWS)
+                u_s = h_s.index(2 * h_slot + 1).slice(SIDE * ROWS, ROWS)
                 v = columns(acc, j, BN // SLICE)
                 g = g_s.load(REGS).to(gl.float32)
                 u = u_s.load(REGS).to(gl.float32) if GATED else g
@@ -203,7 +203,7 @@ def _mm_consumer(
                 mbarrier.arrive(h_empty.index(before(h_slot, H_SLOTS)), count=1, pred=filled > 0)
                 filled += 1
                 if STORE_OUT:
-                    wa_s = staging.index(I)
+                    wa_s = staging.index(SIDE)
                     wa_s.store((a * weight[:, None]).to(h.dtype))
                 if STORE_H:
                     # in place: a thread writes where it read

@@ -5,6 +5,7 @@ pointer.
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 import triton
@@ -12,6 +13,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastexperts import settings
+
+
+_thread = threading.local()
+
+
+def enter_context(device: torch.device) -> None:
+    """Make the CUDA context current in this thread, once. Triton encodes descriptors through the driver, which
+    finds none in autograd's threads before their first launch ("invalid device context").
+    """
+    if device.type == "cuda" and not hasattr(_thread, "entered"):
+        torch.empty(1, device=device).zero_()
+        _thread.entered = True
 
 
 def operand(tensor: Tensor, block: list[int], parts: int = 1) -> TensorDescriptor | Tensor:
@@ -22,6 +35,7 @@ def operand(tensor: Tensor, block: list[int], parts: int = 1) -> TensorDescripto
     """
     aligned_parts = tensor.shape[-1] // parts * tensor.element_size() % 16 == 0 or parts == 1
     if settings.allow_tma() and has_tma(tensor.device) and describable(tensor) and aligned_parts:
+        enter_context(tensor.device)
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
     return tensor
 

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastexperts import settings
-from fastexperts.kernels.operands import describable
+from fastexperts.kernels.operands import describable, enter_context
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_WARPS = 4
@@ -35,7 +35,7 @@ END = gl.constexpr(1 << 30)  # bound of a ragged descriptor's rows
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether these operands can go through the ring: a Hopper GPU, two bytes, strides the copy engine takes."""
+    """Whether these operands go through the ring: on Hopper, of two bytes, with strides the copy engine takes."""
     return settings.allow_tma() and all(
         tensor.is_cuda
         and tensor.dtype in (torch.bfloat16, torch.float16)
@@ -52,12 +52,14 @@ def swizzled(rank: int, bits: int = 16) -> gl.NVMMASharedLayout:
 
 
 def descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    enter_context(tensor.device)
     layout = swizzled(len(block), 8 * tensor.element_size())
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
 
 
 def ragged(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A descriptor whose rows end where the coordinates of `rows` say. `block` leads with its rows."""
+    enter_context(tensor.device)
     far, stride = 0x7FFF0000, tensor.stride(0)
     return TensorDescriptor(
         tensor,
@@ -90,17 +92,17 @@ def before(slot, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def columns(block, I: gl.constexpr, NUM: gl.constexpr):
-    """Slice I of NUM equal slices of the columns; in registers."""
+def columns(block, WHICH: gl.constexpr, NUM: gl.constexpr):
+    """Slice WHICH of NUM equal slices of the columns; in registers."""
     if NUM == 1:
         return block
     else:
         HALF: gl.constexpr = block.shape[1] // 2
         left, right = block.reshape([block.shape[0], 2, HALF]).permute((0, 2, 1)).split()
-        if I < NUM // 2:
-            return columns(left, I, NUM // 2)
+        if WHICH < NUM // 2:
+            return columns(left, WHICH, NUM // 2)
         else:
-            return columns(right, I - NUM // 2, NUM // 2)
+            return columns(right, WHICH - NUM // 2, NUM // 2)
 
 
 @gluon.jit
@@ -114,10 +116,10 @@ def swizzle(i, num_m, num_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def put(out, coord, value, staging, I: gl.constexpr, NUM: gl.constexpr, BUFFERS: gl.constexpr):
+def put(out, coord, value, staging, SIDE: gl.constexpr, NUM: gl.constexpr, BUFFERS: gl.constexpr):
     """Store number NUM of a block: through the next staging buffer, once its last store has been read."""
     tma.store_wait(BUFFERS - 1)
-    buffer = staging.index(I * BUFFERS + NUM % BUFFERS)
+    buffer = staging.index(SIDE * BUFFERS + NUM % BUFFERS)
     buffer.store(value.to(out.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out, coord, buffer)
