@@ -24,9 +24,12 @@ from fastexperts.kernels.operands import (
 
 
 @triton.jit
-def _load_rows(X, row0, end, col0, o_col, stride, BK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):
-    """Block [BK, columns] of X from row0; MASK zeroes the rows behind `end`, which belong to another
-    expert.
+def _load_rows(
+    X, row0, end, col0, o_col, num_col, stride,
+    BK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Block [BK, columns] of X from row0 and column col0 + o_col; MASK zeroes the rows behind `end`, which belong
+    to another expert. EVEN: no column lies behind num_col.
     """
     o_r = row0 + tl.arange(0, BK)
     if TMA:
@@ -35,11 +38,13 @@ def _load_rows(X, row0, end, col0, o_col, stride, BK: tl.constexpr, TMA: tl.cons
             x = tl.where(o_r[:, None] < end, x, tl.zeros_like(x))
         return x
     else:
-        p_x = X + o_r[:, None].to(tl.int64) * stride + o_col[None, :]
+        p_x = X + o_r[:, None].to(tl.int64) * stride + (col0 + o_col)[None, :]
         if MASK:
-            return tl.load(p_x, mask=o_r[:, None] < end, other=0.0)
-        else:
+            return tl.load(p_x, mask=(o_r < end)[:, None] & (o_col < num_col)[None, :], other=0.0)
+        elif EVEN:
             return tl.load(p_x)
+        else:
+            return tl.load(p_x, mask=(o_col < num_col)[None, :], other=0.0)
 
 
 @triton.jit
@@ -64,7 +69,7 @@ def _grouped_dw(
     stride_a, stride_b, stride_oe, stride_oc, stride_om, stride_on, num_experts, parts, M, N,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     SUBTILES: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, OUT_TMA: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent: each program owns every programs-th block [BM, BN] of one part of one
     expert.
@@ -82,20 +87,20 @@ def _grouped_dw(
         n0 = i_n * BN
         o_m = m0 + tl.arange(0, BM)
         o_n = n0 + tl.arange(0, BN)
-        safe_m = part * M + tl.where(o_m < M, o_m, 0)
-        safe_n = tl.where(o_n < N, o_n, 0)
+        c_m = tl.arange(0, BM)
+        c_n = tl.arange(0, BN)
         start = tl.load(p_offsets + i_e)
         end = tl.load(p_offsets + i_e + 1)
         full_end = start + (end - start) // BK * BK
 
         acc = tl.zeros([BM, BN], ACC)
         for row0 in range(start, full_end, BK):
-            a = _load_rows(A, row0, end, part * M + m0, safe_m, stride_a, BK, A_TMA, False)
-            b = _load_rows(B, row0, end, n0, safe_n, stride_b, BK, B_TMA, False)
+            a = _load_rows(A, row0, end, part * M + m0, c_m, M - m0, stride_a, BK, A_TMA, False, EVEN_M)
+            b = _load_rows(B, row0, end, n0, c_n, N - n0, stride_b, BK, B_TMA, False, EVEN_N)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
         if full_end < end:
-            a = _load_rows(A, full_end, end, part * M + m0, safe_m, stride_a, BK, A_TMA, True)
-            b = _load_rows(B, full_end, end, n0, safe_n, stride_b, BK, B_TMA, True)
+            a = _load_rows(A, full_end, end, part * M + m0, c_m, M - m0, stride_a, BK, A_TMA, True, EVEN_M)
+            b = _load_rows(B, full_end, end, n0, c_n, N - n0, stride_b, BK, B_TMA, True, EVEN_N)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION, out_dtype=ACC)
 
         if OUT_TMA:
@@ -175,7 +180,7 @@ def _launch(
         a_op, b_op, out_op, offsets_E1, rows_M.stride(0), rows_N.stride(0), *out_ECMN.stride(),
         num_experts, parts, dim_m, dim_n, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group,
         SUBTILES=subtiles, A_TMA=is_descriptor(a_op), B_TMA=is_descriptor(b_op),
-        OUT_TMA=is_descriptor(out_op), ACC=accumulator(rows_M.dtype),
+        OUT_TMA=is_descriptor(out_op), EVEN_M=dim_m % tile.m == 0, EVEN_N=dim_n % tile.n == 0, ACC=accumulator(rows_M.dtype),
         PRECISION=precision(rows_M.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_ECMN

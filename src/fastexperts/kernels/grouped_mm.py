@@ -40,7 +40,7 @@ from fastexperts.routing import schedule_length
 def _load_w(
     W, i_e, part, n0, k0, N, K, stride_e, stride_c, stride_n, stride_k,
     BN: tl.constexpr, BK: tl.constexpr, PARTS_N: tl.constexpr,
-    TMA: tl.constexpr, KN: tl.constexpr, EVEN_K: tl.constexpr,
+    TMA: tl.constexpr, KN: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
     """Block [BK, PARTS_N * BN] of an expert, parts side by side; zero behind K. KN: W is stored N last."""
     if TMA:
@@ -51,14 +51,17 @@ def _load_w(
     else:
         o_k = k0 + tl.arange(0, BK)
         o_c = tl.arange(0, PARTS_N * BN)
-        o_n = n0 + o_c % BN
-        p_w = W + i_e.to(tl.int64) * stride_e + part * stride_c
-        p_n = tl.where(o_n < N, o_n, 0) * stride_n + o_c // BN * stride_c
-        p_w += p_n[None, :] + o_k[:, None] * stride_k
-        if EVEN_K:
+        o_n = n0 + (o_c % BN if PARTS_N > 1 else o_c)
+        p_n = o_n.to(tl.int64) * stride_n
+        if PARTS_N > 1:
+            p_n += (o_c // BN).to(tl.int64) * stride_c
+        p_w = W + i_e.to(tl.int64) * stride_e + part.to(tl.int64) * stride_c
+        p_w += p_n[None, :] + o_k[:, None].to(tl.int64) * stride_k
+        # masks and not clamps: a clamp hides from the compiler that columns are adjacent
+        if EVEN_K and EVEN_N:
             return tl.load(p_w)
         else:
-            return tl.load(p_w, mask=o_k[:, None] < K, other=0.0)
+            return tl.load(p_w, mask=(o_n < N)[None, :] & (o_k < K)[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -78,7 +81,7 @@ def _grouped_mm(
     FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr, A_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent: each program owns every programs-th output block [BM rows of one expert,
     BN].
@@ -112,7 +115,7 @@ def _grouped_mm(
 
         acc = tl.zeros([BM, PARTS_N * BN], ACC)
         for i_k in range(num_k * PARTS_K):
-            part = i_k // num_k if PARTS_K > 1 else 0
+            part = i_k // num_k if PARTS_K > 1 else i_k * 0
             k0 = (i_k - part * num_k) * BK
             if A_TMA:
                 a = A.load([row0, part * K + k0])
@@ -124,7 +127,7 @@ def _grouped_mm(
                     a = tl.load(p_a[:, None] + (part * K + o_k)[None, :], mask=o_k[None, :] < K, other=0.0)
             w = _load_w(
                 W, i_e, part, n0, k0, N, K, stride_we, stride_wc, stride_wn, stride_wk,
-                BN, BK, PARTS_N, W_TMA, KN, EVEN_K,
+                BN, BK, PARTS_N, W_TMA, KN, EVEN_K, EVEN_N,
             )  # fmt: skip
             acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
 
@@ -222,7 +225,7 @@ def _launch(
         STORE_DWEIGHT=epilogue is not None and len(epilogue.partial_NP) > 0,
         **constants(epilogue.activation if epilogue else None),
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten, SUBTILES=tile.subtiles,
-        A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0,
+        A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0, EVEN_N=dim_n % tile.n == 0,
         ACC=accumulator(a.dtype), PRECISION=precision(a.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

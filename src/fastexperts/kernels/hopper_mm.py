@@ -36,10 +36,12 @@ from fastexperts.kernels.ring import (
     barriers,
     before,
     columns,
+    delay,
     descriptor,
     put,
     ragged,
     rows,
+    stagger,
     swizzle,
     swizzled,
 )
@@ -74,10 +76,10 @@ def _load_w(
 
 @gluon.jit
 def _mm_producer(
-    a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
+    a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, stagger,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     GATED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
     h_s, h_full, h_empty = h_ring
@@ -86,6 +88,7 @@ def _mm_producer(
     BN_OUT: gl.constexpr = BN // PARTS
     num_n = gl.cdiv(N, BN_OUT)
     num_m = gl.load(p_schedule)
+    delay(stagger)
     slot, phase = 0, 1
     h_slot, h_phase = 0, 1
     i_e, row0, end, i_n = _mm_block(p_schedule, gl.program_id(0), num_m, num_n, GROUP)
@@ -109,8 +112,11 @@ def _mm_producer(
             mbarrier.expect(bar, BYTES)
             _load_w(w, i_e, k0, n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
             if GATHER:
-                m_k = gl.expand_dims(o_k < K - k0, 0)
-                async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_k)
+                if EVEN_K:
+                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0)
+                else:
+                    m_k = gl.expand_dims(o_k < K - k0, 0)
+                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_k)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
                 tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.index(slot))
@@ -224,7 +230,7 @@ def _mm_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
+@gluon.jit(do_not_specialize=["num_rows", "stagger"])
 def _hopper_mm(
     a,  # descriptor [P, K], or pointer [T, K] with GATHER
     w,  # descriptor (E, C, N, K), or (E, 1, K, N) with KN
@@ -235,12 +241,12 @@ def _hopper_mm(
     p_dweight,  # [NB, P] by row: partial sums
     p_pair_of_row,  # [P]
     p_schedule,  # [S, 3]
-    stride_a, N, K, num_rows,
+    stride_a, N, K, num_rows, stagger,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr,
     EPILOGUE: gl.constexpr, STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr,
     FN: gl.constexpr, GATED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, LAYOUT: gl.constexpr,
+    BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, EVEN_K: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent; see grouped_mm._grouped_mm for what a block is."""
     DTYPE: gl.constexpr = w.dtype
@@ -265,8 +271,8 @@ def _hopper_mm(
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
                             N, K, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, FN, GATED,
                             ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
-            (_mm_producer, (a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, TOP_K, GATHER,
-                            PARTS, KN, EPILOGUE, GATED, BM, BN, BK, GROUP, STAGES)),
+            (_mm_producer, (a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, stagger, TOP_K, GATHER,
+                            PARTS, KN, EPILOGUE, GATED, BM, BN, BK, GROUP, STAGES, EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
@@ -296,9 +302,8 @@ def launch(
     dim_k, dim_n = dims if kn else dims[::-1]
     num_rows = len(gather[0]) if gather else len(a)
     half, box = BLOCK_M // CONSUMERS.value, SLICE.value
-    programs = min(
-        (len(schedule_S3) - 1) * triton.cdiv(dim_n, BLOCK_N // (1 if kn else parts)), processors(a.device)
-    )
+    blocks = (len(schedule_S3) - 1) * triton.cdiv(dim_n, BLOCK_N // (1 if kn else parts))
+    programs = min(blocks, processors(a.device))
     pair_of_row_P, top_k = gather or (schedule_S3, 1)
     p_weight = p_dweight = schedule_S3
     h = dh = out = ragged(out_PN, [half, box]) if len(out_PN) else None
@@ -316,9 +321,10 @@ def launch(
         a if gather else descriptor(a, [BLOCK_M, BLOCK_K]),
         descriptor(w_EC__, [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]),
         out, h, dh, p_weight, p_dweight, pair_of_row_P, schedule_S3, a.stride(0), dim_n, dim_k, num_rows,
+        stagger(ring.stagger, dim_k // BLOCK_K, blocks, programs),
         TOP_K=top_k, GATHER=gather is not None, PARTS=1 if kn else parts, KN=kn,
         EPILOGUE=epilogue.kind if epilogue else "none", STORE_H=stores_h, STORE_OUT=len(out_PN) > 0,
         STORE_DWEIGHT=stores_dweight, **constants(epilogue.activation if epilogue else None),
         BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group, STAGES=ring.stages, BUFFERS=ring.buffers,
-        PRODUCER_REGISTERS=ring.producer_registers, LAYOUT=swizzled(2), num_warps=CONSUMER_WARPS,
+        PRODUCER_REGISTERS=ring.producer_registers, EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2), num_warps=CONSUMER_WARPS,
     )  # fmt: skip

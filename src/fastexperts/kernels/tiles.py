@@ -51,6 +51,7 @@ class Ring:
     group: int = 8
     buffers: int = 2
     producer_registers: int = 40
+    stagger: int = 0
 
 
 RINGS: dict[str, Ring] = {
