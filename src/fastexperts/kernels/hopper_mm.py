@@ -36,12 +36,10 @@ from fastexperts.kernels.ring import (
     barriers,
     before,
     columns,
-    delay,
     descriptor,
     put,
     ragged,
     rows,
-    stagger,
     swizzle,
     swizzled,
 )
@@ -76,7 +74,7 @@ def _load_w(
 
 @gluon.jit
 def _mm_producer(
-    a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, stagger,
+    a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     GATED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, EVEN_K: gl.constexpr,
@@ -88,7 +86,6 @@ def _mm_producer(
     BN_OUT: gl.constexpr = BN // PARTS
     num_n = gl.cdiv(N, BN_OUT)
     num_m = gl.load(p_schedule)
-    delay(stagger)
     slot, phase = 0, 1
     h_slot, h_phase = 0, 1
     i_e, row0, end, i_n = _mm_block(p_schedule, gl.program_id(0), num_m, num_n, GROUP)
@@ -154,21 +151,27 @@ def _mm_consumer(
     h_slot, h_phase, filled = 0, 0, 0
     _, row0, end, i_n = _mm_block(p_schedule, gl.program_id(0), num_m, num_n, GROUP)
     for i_tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        row = row0 + SIDE * ROWS
+        # a consumer whose rows all lie behind the end lets the slots pass
+        live_k = gl.where(row < end, K, 0)
         acc = gl.zeros([ROWS, BN], gl.float32, MMA)
-        for k0 in range(0, K, BK):
+        for k0 in range(0, live_k, BK):
             mbarrier.wait(full.index(slot), phase)
             block_w = w_s.index(slot) if KN else w_s.index(slot).permute((1, 0))
             acc = warpgroup_mma(a_s.index(slot).slice(SIDE * ROWS, ROWS), block_w, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=k0 > 0)
             slot, phase = advance(slot, phase, STAGES)
+        for _ in range(live_k, K, BK):
+            mbarrier.wait(full.index(slot), phase)
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot, phase = advance(slot, phase, STAGES)
         # the next block is looked up while the last product runs
         following = _mm_block(p_schedule, i_tile + gl.num_programs(0), num_m, num_n, GROUP)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
+        mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=live_k > 0)
 
         n0 = i_n * BN_OUT
-        row = row0 + SIDE * ROWS
         r0, r1, r2 = rows(row, end)
         if EPILOGUE == "none":
             for j in gl.static_range(BN // SLICE):
@@ -230,7 +233,7 @@ def _mm_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "stagger"])
+@gluon.jit(do_not_specialize=["num_rows"])
 def _hopper_mm(
     a,  # descriptor [P, K], or pointer [T, K] with GATHER
     w,  # descriptor (E, C, N, K), or (E, 1, K, N) with KN
@@ -241,7 +244,7 @@ def _hopper_mm(
     p_dweight,  # [NB, P] by row: partial sums
     p_pair_of_row,  # [P]
     p_schedule,  # [S, 3]
-    stride_a, N, K, num_rows, stagger,
+    stride_a, N, K, num_rows,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr,
     EPILOGUE: gl.constexpr, STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr,
     FN: gl.constexpr, GATED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
@@ -271,7 +274,7 @@ def _hopper_mm(
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
                             N, K, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, FN, GATED,
                             ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
-            (_mm_producer, (a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, stagger, TOP_K, GATHER,
+            (_mm_producer, (a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, TOP_K, GATHER,
                             PARTS, KN, EPILOGUE, GATED, BM, BN, BK, GROUP, STAGES, EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
@@ -321,7 +324,6 @@ def launch(
         a if gather else descriptor(a, [BLOCK_M, BLOCK_K]),
         descriptor(w_EC__, [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]),
         out, h, dh, p_weight, p_dweight, pair_of_row_P, schedule_S3, a.stride(0), dim_n, dim_k, num_rows,
-        stagger(ring.stagger, dim_k // BLOCK_K, blocks, programs),
         TOP_K=top_k, GATHER=gather is not None, PARTS=1 if kn else parts, KN=kn,
         EPILOGUE=epilogue.kind if epilogue else "none", STORE_H=stores_h, STORE_OUT=len(out_PN) > 0,
         STORE_DWEIGHT=stores_dweight, **constants(epilogue.activation if epilogue else None),

@@ -70,24 +70,6 @@ def ragged(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
     )
 
 
-def stagger(step_ns: int, steps: int, blocks: int, programs: int) -> int:
-    """Nanoseconds between the starts of four groups of programs, a quarter of a block of `steps` apart: blocks of
-    one size end at once everywhere, and their epilogues would share the memory's bandwidth while products leave
-    it idle. None where a program has few blocks.
-    """
-    return step_ns * steps // 4 if blocks >= 8 * programs else 0
-
-
-@gluon.jit
-def delay(ns):
-    """Start this program's producer up to 3 `ns` late."""
-    own = gl.program_id(0) % 4 * ns
-    if own > 0:
-        gl.inline_asm_elementwise(
-            "nanosleep.u32 $1; mov.u32 $0, $1;", "=r,r", [own], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
 @gluon.jit
 def rows(row, end):
     """The three leading coordinates of `row` in a ragged descriptor of rows that end at `end`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastexperts.routing import schedule_length
 
-BLOCK = 128  # pairs per program: ranks inside a block cost BLOCK^2 comparisons, and 256^2 of them spill
+BLOCK = 64  # pairs per program: ranks inside a block cost BLOCK^2 comparisons, and their registers occupancy
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -135,9 +135,9 @@ def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tenso
     offsets_E1, schedule_S3 = new(num_experts + 1), new(length, 3)
     padded = max(16, triton.next_power_of_2(num_experts))
     _count[(num_blocks,)](ids_P, count_BE, num_pairs, num_experts, BLOCK=BLOCK, E2=padded)
-    _scan[(num_experts,)](count_BE, total_E, num_blocks, num_experts, CHUNK=512)
+    _scan[(num_experts,)](count_BE, total_E, num_blocks, num_experts, CHUNK=1024)
     _place[(num_blocks,)](
         ids_P, count_BE, total_E, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3,
-        num_pairs, num_experts, length - 1, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m, num_warps=8,
+        num_pairs, num_experts, length - 1, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m, num_warps=4,
     )  # fmt: skip
     return row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3

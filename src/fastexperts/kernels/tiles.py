@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastexperts import settings
 from fastexperts.errors import refuse
 
 PASSES = ("up", "down", "dh", "dx", "dw")
@@ -51,7 +52,6 @@ class Ring:
     group: int = 8
     buffers: int = 2
     producer_registers: int = 40
-    stagger: int = 0
 
 
 RINGS: dict[str, Ring] = {
@@ -74,6 +74,13 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "down": Tile(128, 256, 64, stages=3, flatten=True, subtiles=4),
         "dh": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=8),
         "dx": Tile(128, 256, 64, stages=3, group=16, flatten=True, subtiles=2),
+        "dw": Tile(128, 256, 64, stages=3, subtiles=2),
+    },
+    ("sm90 pointers", 2): {  # not flattened: address arithmetic does not pipeline across blocks
+        "up": Tile(128, 128, 64, programs_per_sm=0, subtiles=4),
+        "down": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=4),
+        "dh": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=8),
+        "dx": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=2),
         "dw": Tile(128, 256, 64, stages=3, subtiles=2),
     },
     ("sm80", 2): {
@@ -127,4 +134,5 @@ def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
             needs="an NVIDIA GPU of compute capability 8, 9, 10 or 12",
             way_out="Set FASTEXPERTS_BACKEND=torch for PyTorch's grouped GEMM.",
         )
-    return _ARCHITECTURES[major], 2
+    arch = _ARCHITECTURES[major]
+    return ("sm90 pointers" if arch == "sm90" and not settings.allow_tma() else arch), 2
