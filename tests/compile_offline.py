@@ -1,6 +1,8 @@
 """Run by test_offline.py without the interpreter: compile every pass for one architecture, print what came.
 
-    python compile_offline.py ARCH DTYPE WEIGHT_DTYPE TMA ACTIVATION
+    python compile_offline.py ARCH DTYPE WEIGHT_DTYPE PATH ACTIVATION
+
+PATH: pointers, descriptors, or ring (the kernels for Hopper).
 
 One JSON object a line: kernel, spilled bytes, registers, shared memory, counts of instructions in the PTX.
 """
@@ -63,10 +65,10 @@ def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:
 
 
 def main() -> None:
-    arch, dtype, weights, tma, activation = sys.argv[1:]
-    os.environ["FASTEXPERTS_TMA"] = tma
+    arch, dtype, weights, path, activation = sys.argv[1:]
+    os.environ["FASTEXPERTS_TMA"] = "0" if path == "pointers" else "1"
     ptxas = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
-    with offline(int(arch)) as compiled:
+    with offline(int(arch), path == "ring") as compiled:
         from fastexperts.kernels import tiles
 
         dtype = getattr(torch, dtype)

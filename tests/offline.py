@@ -34,11 +34,11 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def offline(arch: int) -> Iterator[list[tuple[str, Any]]]:
+def offline(arch: int, hopper: bool = False) -> Iterator[list[tuple[str, Any]]]:
     """Yield the list of (kernel name, compiled kernel) that fills as launches are made with CPU or meta
-    tensors.
+    tensors; through the kernels for Hopper or not.
     """
-    from fastexperts.kernels import grouped_dw, grouped_mm, operands, tiles
+    from fastexperts.kernels import grouped_dw, grouped_mm, hopper_dw, hopper_mm, operands, ring, tiles
 
     compiled: list[tuple[str, Any]] = []
     original = JITFunction.run
@@ -58,5 +58,8 @@ def offline(arch: int) -> Iterator[list[tuple[str, Any]]]:
         mock.patch.object(operands, "has_tma", return_value=arch >= 90),
         mock.patch.object(grouped_mm, "processors", return_value=132),
         mock.patch.object(grouped_dw, "processors", return_value=132),
+        mock.patch.object(hopper_mm, "processors", return_value=132),
+        mock.patch.object(hopper_dw, "processors", return_value=132),
+        mock.patch.object(ring, "_is_hopper", return_value=hopper),
     ):
         yield compiled

@@ -61,8 +61,8 @@ def spy_backend() -> Iterator[list[tuple[str, str]]]:
 
 @contextlib.contextmanager
 def spy_operands() -> Iterator[list[tuple[str, str]]]:
-    """("rows" or "weight", "descriptor" or "pointer") of each operand of a grouped GEMM inside; ("all", "ring")
-    of one for Hopper.
+    """("rows" or "weight", "descriptor" or "pointer") of each operand of a grouped GEMM inside; ("all",
+    "ring") of one for Hopper.
     """
     from fastexperts.kernels import grouped_dw, grouped_mm, hopper_dw, hopper_mm, operands
 

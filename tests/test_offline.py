@@ -16,39 +16,42 @@ pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason=f"needs Triton's ptxa
 # shared memory of one block: A100 163 KB, H100 227 KB
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 GEMMS = {"_grouped_mm": 4, "_grouped_dw": 2}
-LAUNCHES = {"_count": 1, "_scan": 1, "_place": 1, "_gather": 1, "_combine": 2, "_sum_dweight": 1, **GEMMS}
+RING = {"_hopper_mm": 4, "_hopper_dw": 2}
+OTHERS = {"_count": 1, "_scan": 1, "_place": 1, "_combine": 2, "_sum_dweight": 1}
 
 
 def compiled(
-    arch: int, dtype="bfloat16", weights=None, tma="1", activation="swiglu", spills: float = 64
+    arch: int, dtype="bfloat16", weights=None, path="descriptors", activation="swiglu", spills: float = 64
 ) -> list[dict]:
     """One entry per GEMM of a forward and backward, from a process without the interpreter."""
     script = Path(__file__).parent / "compile_offline.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), str(arch), dtype, weights or dtype, tma, activation]
+    command = [sys.executable, str(script), str(arch), dtype, weights or dtype, path, activation]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=500
     )
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     names = [kernel["kernel"] for kernel in kernels]
-    assert {name: names.count(name) for name in names} == LAUNCHES
+    products = RING if path == "ring" else GEMMS | {"_gather": 2}  # the ring gathers by itself
+    assert {name: names.count(name) for name in names} == OTHERS | products
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
         assert kernel["spilled"] < spills, kernel
-    return [kernel for kernel in kernels if kernel["kernel"] in GEMMS]
+    return [kernel for kernel in kernels if kernel["kernel"] in GEMMS | RING]
 
 
+@pytest.mark.parametrize("path", ["ring", "descriptors"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_hopper_uses_its_units(dtype):
-    for kernel in compiled(90, dtype):
+def test_hopper_uses_its_units(dtype, path):
+    for kernel in compiled(90, dtype, path=path):
         assert kernel["wgmma.mma_async"] > 0, kernel
         assert kernel["mma.sync"] == 0, kernel
         assert kernel["cp.async.bulk.tensor"] > 0, kernel
 
 
 def test_hopper_without_tensor_descriptors():
-    for kernel in compiled(90, tma="0"):
+    for kernel in compiled(90, path="pointers"):
         assert kernel["wgmma.mma_async"] > 0, kernel
         assert kernel["cp.async.bulk.tensor"] == 0, kernel
 
@@ -56,6 +59,7 @@ def test_hopper_without_tensor_descriptors():
 def test_hopper_with_fp32_gradients_of_bf16_products():
     """What autocast over fp32 weights asks of dw: blocks of twice the bytes to store."""
     assert len(compiled(90, weights="float32")) == 6
+    assert len(compiled(90, weights="float32", path="ring")) == 6
 
 
 def test_ampere():
@@ -70,6 +74,8 @@ def test_ampere():
 def test_every_kind_of_gate(arch, activation):
     # erf and its derivative take the registers that SwiGLU leaves free
     assert len(compiled(arch, activation=activation, spills=128)) == 6
+    if arch == 90:
+        assert len(compiled(arch, activation=activation, spills=128, path="ring")) == 6
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ def _load_rows(
     X, row0, end, col0, o_col, num_col, stride,
     BK: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Block [BK, columns] of X from row0 and column col0 + o_col; MASK zeroes the rows behind `end`, which belong
-    to another expert. EVEN: no column lies behind num_col.
+    """Block [BK, columns] of X from row0 and column col0 + o_col; MASK zeroes the rows behind `end`, which
+    belong to another expert. EVEN: no column lies behind num_col.
     """
     o_r = row0 + tl.arange(0, BK)
     if TMA:
@@ -180,7 +180,8 @@ def _launch(
         a_op, b_op, out_op, offsets_E1, rows_M.stride(0), rows_N.stride(0), *out_ECMN.stride(),
         num_experts, parts, dim_m, dim_n, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group,
         SUBTILES=subtiles, A_TMA=is_descriptor(a_op), B_TMA=is_descriptor(b_op),
-        OUT_TMA=is_descriptor(out_op), EVEN_M=dim_m % tile.m == 0, EVEN_N=dim_n % tile.n == 0, ACC=accumulator(rows_M.dtype),
-        PRECISION=precision(rows_M.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        OUT_TMA=is_descriptor(out_op), EVEN_M=dim_m % tile.m == 0, EVEN_N=dim_n % tile.n == 0,
+        ACC=accumulator(rows_M.dtype), PRECISION=precision(rows_M.dtype), num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     return out_ECMN

@@ -199,8 +199,8 @@ def _launch(
         return
     if len(schedule_S3) != schedule_length(rows, len(w_EC__), tile.m):
         raise FastexpertsError(
-            f"fastexperts: `schedule` of {len(schedule_S3)} tiles was not made for tiles of {tile.m} rows; it "
-            "needs the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its backward."
+            f"fastexperts: `schedule` of {len(schedule_S3)} tiles got tiles of {tile.m} rows; it needs those "
+            "of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its backward."
         )
     a = packed(a)
     if hopper_mm.serves(a, w_EC__, out_PN, kn, epilogue):
@@ -225,8 +225,9 @@ def _launch(
         STORE_DWEIGHT=epilogue is not None and len(epilogue.partial_NP) > 0,
         **constants(epilogue.activation if epilogue else None),
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten, SUBTILES=tile.subtiles,
-        A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0, EVEN_N=dim_n % tile.n == 0,
-        ACC=accumulator(a.dtype), PRECISION=precision(a.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0,
+        EVEN_N=dim_n % tile.n == 0, ACC=accumulator(a.dtype), PRECISION=precision(a.dtype),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -179,12 +179,12 @@ def _hopper_dw(
     ring = (a_s, b_s, full, empty)
     gl.warp_specialize(
         [
-            (_dw_consumer, (out, p_offsets, ring, staging, num_experts, parts, M, N, BM, BN, BK, GROUP, STAGES,
-                            BUFFERS, 0)),
-            (_dw_consumer, (out, p_offsets, ring, staging, num_experts, parts, M, N, BM, BN, BK, GROUP, STAGES,
-                            BUFFERS, 1)),
-            (_dw_producer, (a, b, p_pair_of_row, p_offsets, ring, stride, num_experts, parts, M, N, TOP_K, GATHER_A,
-                            BM, BN, BK, GROUP, STAGES)),
+            (_dw_consumer, (out, p_offsets, ring, staging, num_experts, parts, M, N,
+                            BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
+            (_dw_consumer, (out, p_offsets, ring, staging, num_experts, parts, M, N,
+                            BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
+            (_dw_producer, (a, b, p_pair_of_row, p_offsets, ring, stride, num_experts, parts, M, N,
+                            TOP_K, GATHER_A, BM, BN, BK, GROUP, STAGES)),
         ],
         [4, 4],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],

@@ -53,10 +53,13 @@ FAST = gl.constexpr(True)
 
 @gluon.jit
 def _mm_block(p_schedule, i_tile, num_m, num_n, GROUP: gl.constexpr):
-    """(expert, first row, end of the expert's rows, column block); behind the last block, the last one's"""
+    """(expert, first row, end of the expert's rows, column block); behind the last block, the last one's."""
     i_m, i_n = swizzle(gl.maximum(gl.minimum(i_tile, num_m * num_n - 1), 0), num_m, num_n, GROUP)
     p_tile = p_schedule + 3 + 3 * i_m
-    return gl.load(p_tile), gl.load(p_tile + 1), gl.load(p_tile + 2), i_n
+    live = num_m > 0  # where no pair has an expert, no entry of the schedule is defined
+    i_e = gl.load(p_tile, mask=live, other=0)
+    row0 = gl.load(p_tile + 1, mask=live, other=0)
+    return i_e, row0, gl.load(p_tile + 2, mask=live, other=0), i_n
 
 
 @gluon.jit
@@ -328,5 +331,6 @@ def launch(
         EPILOGUE=epilogue.kind if epilogue else "none", STORE_H=stores_h, STORE_OUT=len(out_PN) > 0,
         STORE_DWEIGHT=stores_dweight, **constants(epilogue.activation if epilogue else None),
         BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group, STAGES=ring.stages, BUFFERS=ring.buffers,
-        PRODUCER_REGISTERS=ring.producer_registers, EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2), num_warps=CONSUMER_WARPS,
+        PRODUCER_REGISTERS=ring.producer_registers, EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2),
+        num_warps=CONSUMER_WARPS,
     )  # fmt: skip

@@ -14,13 +14,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastexperts import settings
 
-
 _thread = threading.local()
 
 
 def enter_context(device: torch.device) -> None:
-    """Make the CUDA context current in this thread, once. Triton encodes descriptors through the driver, which
-    finds none in autograd's threads before their first launch ("invalid device context").
+    """Make the CUDA context current in this thread, once. Triton encodes descriptors through the driver,
+    which finds none in autograd's threads before their first launch ("invalid device context").
     """
     if device.type == "cuda" and not hasattr(_thread, "entered"):
         torch.empty(1, device=device).zero_()

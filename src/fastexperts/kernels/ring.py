@@ -14,6 +14,7 @@ Barriers: `full` of a slot counts its copies, `empty` its consumers. Slots hold 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -35,17 +36,23 @@ END = gl.constexpr(1 << 30)  # bound of a ragged descriptor's rows
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether these operands go through the ring: on Hopper, of two bytes, with strides the copy engine takes."""
-    return settings.allow_tma() and all(
-        tensor.is_cuda
-        and tensor.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(tensor.device)[0] == 9
-        and (tensor.shape[0] == 0 or describable(tensor))
-        and tensor.shape[0] <= END.value
-        for tensor in tensors
+    """Whether these operands of one dtype go through the ring: two bytes, on Hopper, with strides for the
+    copy engine.
+    """
+    return (
+        settings.allow_tma()
+        and _is_hopper(tensors[0].device)
+        and tensors[0].dtype in (torch.bfloat16, torch.float16)
+        and all(t.shape[0] <= END.value and (t.shape[0] == 0 or describable(t)) for t in tensors)
     )
 
 
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
 def swizzled(rank: int, bits: int = 16) -> gl.NVMMASharedLayout:
     """The shared layout of blocks that wgmma and the copy engine read: rows of 128 bytes, swizzled."""
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)

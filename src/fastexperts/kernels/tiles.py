@@ -44,8 +44,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Ring:
-    """A Hopper kernel's slots (48 KB each: blocks of 128 x 64 and 64 x 256), its L2 group, and staging buffers
-    of 8 KB a consumer. producer_registers: of 504 a thread, the consumers share the rest.
+    """A Hopper kernel's slots (48 KB each: blocks of 128 x 64 and 64 x 256), its L2 group, and staging
+    buffers of 8 KB a consumer. producer_registers: of 504 a thread, the consumers share the rest.
     """
 
     stages: int = 4
