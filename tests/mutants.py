@@ -93,8 +93,8 @@ MUTANTS = (
     Mutant(
         "mm: W is not masked behind K",
         "kernels/grouped_mm.py",
-        "mask=o_k[:, None] < K",
-        "mask=o_k[:, None] >= 0",
+        "(o_n < N)[None, :] & (o_k < K)[:, None]",
+        "(o_n < N)[None, :] & (o_k >= 0)[:, None]",
     ),
     Mutant(
         "up: the token of another pair",
@@ -153,8 +153,8 @@ MUTANTS = (
     Mutant(
         "silu: a wrong sign in the derivative",
         "kernels/activation.py",
-        "s * (1 + ALPHA * x * (1 - s))",
-        "s * (1 - ALPHA * x * (1 - s))",
+        "s + ALPHA * f * (1 - s)",
+        "s - ALPHA * f * (1 - s)",
     ),
     Mutant(
         "clamp: the gradient passes beyond it",
@@ -190,8 +190,8 @@ MUTANTS = (
     Mutant(
         "dw1: the up part reads the gate (pointer)",
         "kernels/grouped_dw.py",
-        "safe_m = part * M + tl.where",
-        "safe_m = tl.where",
+        "A, row0, end, part * M + m0, c_m",
+        "A, row0, end, m0, c_m",
     ),
     # rows and tokens
     Mutant(
