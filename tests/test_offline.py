@@ -75,7 +75,8 @@ def test_every_kind_of_gate(arch, activation):
     # erf and its derivative take the registers that SwiGLU leaves free
     assert len(compiled(arch, activation=activation, spills=128)) == 6
     if arch == 90:
-        assert len(compiled(arch, activation=activation, spills=128, path="ring")) == 6
+        # dh holds v, h and three results at once: 80 bytes for geglu_tanh, 192 for gpt_oss with its clamps
+        assert len(compiled(arch, activation=activation, spills=200, path="ring")) == 6
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 Legend, used in every file: T tokens, K top-k, P = T*K token-expert pairs (rows, sorted by expert), E experts,
 D model (hidden) dim, F expert intermediate dim, C parts of h (gate and up: 2, non-gated: 1), G = C*F.
+x tokens, h pre-activations, a = act(h), y = W2 a, v = W2^T dout, wa = weight * a.
 Tensors carry their dims as a suffix; index maps read value_of_index; a gradient is d + the name of its
 primal.
 """
@@ -25,18 +26,18 @@ def forward(
     weight_TK: Tensor,
     w1_ECFD: Tensor,
     w2_EDF: Tensor,
-    r: Routing,
+    routing: Routing,
     activation: Activation,
     dtype: torch.dtype,
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out_TD, h_PG). Products run in `dtype`; the casts live as long as the call."""
-    act = (activation.fn, activation.params)
     h_PG, a_PF = ops.up(
-        x_TD.to(dtype), w1_ECFD.to(dtype), r.pair_of_row_P, r.offsets_E1, r.schedule_S3, r.top_k, *act, keep_h
-    )
-    y_PD = ops.down(a_PF, w2_EDF.to(dtype), r.offsets_E1, r.schedule_S3)
-    return ops.combine(y_PD, weight_TK, r.row_of_pair_P, r.top_k, x_TD.dtype), h_PG
+        x_TD.to(dtype), w1_ECFD.to(dtype), routing.pair_of_row_P, routing.offsets_E1, routing.schedule_S3,
+        routing.top_k, activation.fn, activation.params, keep_h,
+    )  # fmt: skip
+    y_PD = ops.down(a_PF, w2_EDF.to(dtype), routing.offsets_E1, routing.schedule_S3)
+    return ops.combine(y_PD, weight_TK, routing.row_of_pair_P, routing.top_k, x_TD.dtype), h_PG
 
 
 def backward(
@@ -46,29 +47,29 @@ def backward(
     w1_ECFD: Tensor,
     w2_EDF: Tensor,
     h_PG: Tensor,
-    r: Routing,
+    routing: Routing,
     activation: Activation,
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx_TD, dweight_TK, dw1_ECFD, dw2_EDF), each only if `needs` it, from x and h alone: a is
-    recomputed.
+    recomputed, and y is not needed, since <dout, W2 a> = <W2^T dout, a> = <v, a> is dweight.
     """
     need_dx, need_dweight, need_dw1, need_dw2 = needs
     dx_TD = dweight_TK = dw1_ECFD = dw2_EDF = None
 
     dout_TD = dout_TD.to(dtype)
-    rows = (r.row_of_pair_P, r.pair_of_row_P, r.offsets_E1, r.top_k)
+    rows = (routing.row_of_pair_P, routing.pair_of_row_P, routing.offsets_E1, routing.top_k)
     dh_PG, wa_PF, dweight_TK = ops.dh(
-        dout_TD, w2_EDF.to(dtype), h_PG, weight_TK, *r.tensors, activation.fn, activation.params,
+        dout_TD, w2_EDF.to(dtype), h_PG, weight_TK, *routing.tensors, activation.fn, activation.params,
         need_dx or need_dw1, need_dw2, need_dweight,
     )  # fmt: skip
     if need_dw2:
         dw2_EDF = ops.dw2(dout_TD, wa_PF, *rows, w2_EDF)
     del wa_PF
     if need_dx:
-        dx_PD = ops.dx(dh_PG, w1_ECFD.to(dtype), r.offsets_E1, r.schedule_S3)
-        dx_TD = ops.combine(dx_PD, None, r.row_of_pair_P, r.top_k, x_TD.dtype)
+        dx_PD = ops.dx(dh_PG, w1_ECFD.to(dtype), routing.offsets_E1, routing.schedule_S3)
+        dx_TD = ops.combine(dx_PD, None, routing.row_of_pair_P, routing.top_k, x_TD.dtype)
         del dx_PD
     if need_dw1:
         dw1_ECFD = ops.dw1(dh_PG, x_TD.to(dtype), *rows, w1_ECFD)
@@ -176,10 +177,20 @@ def _backward(ctx: Any, dout_TD: Tensor | None, _dh_PG: None) -> tuple[Any, ...]
     no_grad = ([None] * 4, *(None,) * 5)  # routing, and the arguments that are not tensors
     if dout_TD is None:
         return (*(None,) * 4, *no_grad)
-    x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, *routing = ctx.saved_tensors
-    r, activation = Routing.of(routing, ctx.top_k), Activation.of(ctx.act, w1_ECFD.shape[1] == 2, ctx.params)
+    x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, *tensors = ctx.saved_tensors
+    routing = Routing.of(tensors, ctx.top_k)
+    activation = Activation.of(ctx.act, w1_ECFD.shape[1] == 2, ctx.params)
     grads = backward(
-        dout_TD, x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, r, activation, ctx.dtype, ctx.needs_input_grad[:4]
+        dout_TD,
+        x_TD,
+        weight_TK,
+        w1_ECFD,
+        w2_EDF,
+        h_PG,
+        routing,
+        activation,
+        ctx.dtype,
+        ctx.needs_input_grad[:4],
     )
     return (*grads, *no_grad)
 

@@ -210,18 +210,20 @@ def _mm_consumer(
                 u = u_s.load(REGS).to(gl.float32) if GATED else g
                 a, dg, du = act_vjp(g, u, v * weight[:, None], FN, GATED, ALPHA, LIMIT, UP_SHIFT, FAST)
                 dweight += gl.sum(v * a, 1)
+                # packed before the wait, which they live across
+                wa, dg, du = (a * weight[:, None]).to(h.dtype), dg.to(h.dtype), du.to(h.dtype)
                 # the slot before this one is free once its stores have been read
                 tma.store_wait(0)
                 mbarrier.arrive(h_empty.index(before(h_slot, H_SLOTS)), count=1, pred=filled > 0)
                 filled += 1
                 if STORE_OUT:
                     wa_s = staging.index(SIDE)
-                    wa_s.store((a * weight[:, None]).to(h.dtype))
+                    wa_s.store(wa)
                 if STORE_H:
-                    # in place: a thread writes where it read
-                    g_s.store(dg.to(h.dtype))
+                    # in place: a warp writes where it read
+                    g_s.store(dg)
                     if GATED:
-                        u_s.store(du.to(h.dtype))
+                        u_s.store(du)
                 fence_async_shared()
                 if STORE_OUT:
                     tma.async_copy_shared_to_global(out, [r0, r1, r2, n], wa_s)

@@ -7,6 +7,7 @@ its batch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +54,18 @@ class Ring:
     buffers: int = 2
     producer_registers: int = 40
 
+    def __post_init__(self) -> None:
+        if self.buffers not in (1, 2):
+            # a block's stores are an even number, so that two buffers alternate across blocks as within one
+            raise ValueError(
+                f"Ring: `buffers` got {self.buffers}; it needs 1 or 2. More would be overwritten."
+            )
+
 
 RINGS: dict[str, Ring] = {
     "up": Ring(group=16, producer_registers=56),
     "down": Ring(group=4),
-    "dh": Ring(stages=3, group=4, buffers=1, producer_registers=56),  # h takes 64 KB
+    "dh": Ring(stages=3, group=4, buffers=1),  # h takes 64 KB
     "dx": Ring(group=4),
     "dw1": Ring(group=4, producer_registers=56),
     "dw2": Ring(group=8, producer_registers=56),
@@ -125,6 +133,12 @@ def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
         return "interpreter", dtype.itemsize
     if dtype.itemsize > 2:
         return "gpu", dtype.itemsize
+    arch = _architecture(device)
+    return ("sm90 pointers" if arch == "sm90" and not settings.allow_tma() else arch), 2
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
     major = torch.cuda.get_device_capability(device)[0]
     if torch.version.hip or major not in _ARCHITECTURES:
         raise refuse(
@@ -134,5 +148,4 @@ def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
             needs="an NVIDIA GPU of compute capability 8, 9, 10 or 12",
             way_out="Set FASTEXPERTS_BACKEND=torch for PyTorch's grouped GEMM.",
         )
-    arch = _ARCHITECTURES[major]
-    return ("sm90 pointers" if arch == "sm90" and not settings.allow_tma() else arch), 2
+    return _ARCHITECTURES[major]
