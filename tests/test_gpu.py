@@ -8,7 +8,7 @@ from spies import spy_backend, spy_operands
 from support import Error, load_benchmark
 from torch import Tensor
 
-from fastexperts import moe_mlp, moe_mlp_reference
+from fastexperts import ACTIVATIONS, moe_mlp, moe_mlp_reference
 
 pytestmark = pytest.mark.gpu
 shapes = load_benchmark("shapes")
@@ -30,6 +30,7 @@ class Inputs:
     w1: Tensor
     w2: Tensor
     dout: Tensor
+    activation: str = "swiglu"
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -65,7 +66,7 @@ def build(shape, tokens, kind="balanced", dtype=torch.bfloat16, weights=None, se
 
 def ours(inputs: Inputs, function=moe_mlp, **options) -> dict[str, Tensor]:
     x, weight, w1, w2 = leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves]
-    out = function(x, inputs.ids, weight, w1, w2, **options)
+    out = function(x, inputs.ids, weight, w1, w2, activation=inputs.activation, **options)
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, inputs.dout)), strict=True))
 
 
@@ -84,7 +85,7 @@ class Loop:
         """(dw1, dw2) of expert `e`; adds its part to out and to the gradients of x and weight."""
         w1, w2 = (self._leaf(w[e : e + 1]) for w in (self.inputs.w1, self.inputs.w2))
         ids = torch.where(self.inputs.ids == e, 0, -1)
-        out = moe_mlp_reference(self.x, ids, self.weight, w1, w2)
+        out = moe_mlp_reference(self.x, ids, self.weight, w1, w2, activation=self.inputs.activation)
         out.backward(self.inputs.dout.to(out.dtype))
         self.out = self.out.detach() + out.detach()
         return w1.grad, w2.grad
@@ -139,6 +140,41 @@ def test_without_tensor_descriptors(dtype, monkeypatch):
         out = ours(inputs)
     assert {path for _, path in operands} == {"pointer"}
     check(inputs, out, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_in_dims_that_are_no_multiple_of_a_block(activation, dtype):
+    """Rows, columns and contractions that end within a block, one expert without rows, sentinels."""
+    inputs = build(shapes.Shape("tails", 328, 200, 6, 3), 777, "skewed", dtype)
+    ids = torch.where(inputs.ids == 4, -1, inputs.ids)
+    w1 = inputs.w1 if ACTIVATIONS[activation].gated else inputs.w1[:, :200].contiguous()
+    inputs = replace(inputs, ids=ids, w1=w1, activation=activation)
+    with spy_operands() as operands:
+        out = ours(inputs)
+    assert {path for _, path in operands} == {expected_path(dtype)}
+    check(inputs, out, dtype)
+
+
+@pytest.mark.parametrize("asked", [("x",), ("weight",), ("w1",), ("w2",), ("x", "w2"), ("weight", "w1")])
+def test_what_is_frozen_changes_nothing_else(asked):
+    inputs = build(SMALL, 1000, "skewed")
+    whole = ours(inputs)
+    leaves = dict(zip(("x", "weight", "w1", "w2"), (leaf.detach() for leaf in inputs.leaves), strict=True))
+    for name in asked:
+        leaves[name].requires_grad_()
+    out = moe_mlp(leaves["x"], inputs.ids, leaves["weight"], leaves["w1"], leaves["w2"])
+    assert torch.equal(out, whole["out"])
+    for name, grad in zip(
+        asked, torch.autograd.grad(out, [leaves[n] for n in asked], inputs.dout), strict=True
+    ):
+        assert torch.equal(grad, whole[f"d{name}"]), name
+
+
+def test_no_pair_has_an_expert():
+    inputs = build(SMALL, 300)
+    out = ours(replace(inputs, ids=torch.full_like(inputs.ids, -1)))
+    assert all(value.count_nonzero() == 0 for value in out.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -180,18 +180,10 @@ def _backward(ctx: Any, dout_TD: Tensor | None, _dh_PG: None) -> tuple[Any, ...]
     x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, *tensors = ctx.saved_tensors
     routing = Routing.of(tensors, ctx.top_k)
     activation = Activation.of(ctx.act, w1_ECFD.shape[1] == 2, ctx.params)
+    needs = ctx.needs_input_grad[:4]
     grads = backward(
-        dout_TD,
-        x_TD,
-        weight_TK,
-        w1_ECFD,
-        w2_EDF,
-        h_PG,
-        routing,
-        activation,
-        ctx.dtype,
-        ctx.needs_input_grad[:4],
-    )
+        dout_TD, x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, routing, activation, ctx.dtype, needs
+    )  # fmt: skip
     return (*grads, *no_grad)
 
 
