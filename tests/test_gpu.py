@@ -146,7 +146,7 @@ def test_without_tensor_descriptors(dtype, monkeypatch):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_in_dims_that_are_no_multiple_of_a_block(activation, dtype):
     """Rows, columns and contractions that end within a block, one expert without rows, sentinels."""
-    inputs = build(shapes.Shape("tails", 328, 200, 6, 3), 777, "skewed", dtype)
+    inputs = build(shapes.Shape("tails", 336, 200, 6, 3), 777, "skewed", dtype)
     ids = torch.where(inputs.ids == 4, -1, inputs.ids)
     w1 = inputs.w1 if ACTIVATIONS[activation].gated else inputs.w1[:, :200].contiguous()
     inputs = replace(inputs, ids=ids, w1=w1, activation=activation)

@@ -102,3 +102,34 @@ def test_the_call_reads_them_anew(monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_CHECK", "1")
     with pytest.raises(FastexpertsError, match="the id 7"):
         moe_mlp(*arguments)
+
+
+def test_the_ring_and_the_tables_of_its_cards_share_blocks():
+    from fastexperts.kernels import ring, tiles
+
+    for arch in ("sm90", "sm90 pointers"):
+        table = tiles.TABLE[arch, 2]
+        assert {tile.m for name, tile in table.items() if name != "dw"} == {ring.BLOCK_M}
+        assert table["dh"].n == ring.BLOCK_N
+    for table in tiles.TABLE.values():
+        assert len({tile.m for name, tile in table.items() if name != "dw"}) == 1
+    with pytest.raises(ValueError, match="buffers"):
+        tiles.Ring(buffers=4)
+
+
+def test_what_the_ring_cannot_copy_goes_elsewhere(monkeypatch):
+    """Fp64 gradients, rows of 8 but not 16 values, parts of h that start off 16 bytes, mixed dtypes."""
+    from fastexperts.kernels import hopper_dw, ring
+
+    monkeypatch.setattr(ring, "_is_hopper", lambda device: True)
+    rows = torch.zeros(32, 64, dtype=torch.bfloat16)
+    out = torch.zeros(4, 1, 64, 64)
+    assert hopper_dw.serves(rows, rows, out, gather_m=True)
+    assert not hopper_dw.serves(rows, rows, out.double(), gather_m=True)
+    assert not hopper_dw.serves(rows, rows.half(), out, gather_m=True)
+    assert not hopper_dw.serves(torch.zeros(32, 40, dtype=torch.bfloat16), rows, out, gather_m=True)
+    assert not hopper_dw.serves(torch.zeros(32, 72, dtype=torch.bfloat16)[:, :64], rows, out, gather_m=True)
+    assert not hopper_dw.serves(rows.float(), rows.float(), out, gather_m=True)
+    assert not ring.available(torch.zeros(8, 24, dtype=torch.bfloat16).unflatten(1, (2, 12)))
+    monkeypatch.setenv("FASTEXPERTS_TMA", "0")
+    assert not hopper_dw.serves(rows, rows, out, gather_m=True)

@@ -160,7 +160,7 @@ def _launch(
     if out_ECMN.numel() == 0 or len(pair_of_row_P) == 0:
         return out_ECMN.zero_()
     rows_M, rows_N = packed(rows_M), packed(rows_N)
-    if hopper_dw.serves(rows_M, rows_N, out_ECMN):
+    if hopper_dw.serves(rows_M, rows_N, out_ECMN, gather_m=gather_m):
         hopper_dw.launch(name, rows_M, rows_N, out_ECMN, pair_of_row_P, offsets_E1, top_k, gather_m=gather_m)
         return out_ECMN
     # a gather along the contraction costs these kernels more than a gather before it (docs/log.md)

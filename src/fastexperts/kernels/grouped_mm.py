@@ -32,7 +32,6 @@ from fastexperts.kernels.operands import (
     precision,
     processors,
 )
-from fastexperts.kernels.ring import BLOCK_N, available
 from fastexperts.routing import schedule_length
 
 
@@ -203,7 +202,7 @@ def _launch(
             "of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its backward."
         )
     a = packed(a)
-    if hopper_mm.serves(a, w_EC__, out_PN, kn, epilogue):
+    if hopper_mm.serves(a, w_EC__, out_PN, kn=kn, gather=gather is not None, epilogue=epilogue):
         hopper_mm.launch(name, a, w_EC__, out_PN, schedule_S3, kn=kn, gather=gather, epilogue=epilogue)
         return
     a_op = a if gather else operand(a, [tile.m, tile.k], parts_k)
@@ -290,9 +289,8 @@ def dh(
     activation = Activation.of(act, dim_g == 2 * dim_f, params)
     wa_PF = h_PG.new_empty((rows if need_wa else 0, dim_f))
     dh_PG = h_PG.new_empty((rows if need_dh else 0, dim_g))
-    dout_TD = packed(dout_TD)
-    ring = available(dout_TD, w2_EDF, h_PG)
-    blocks = triton.cdiv(dim_f, BLOCK_N if ring else tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
+    # the ring's blocks are as wide as the table's: tiles.RINGS
+    blocks = triton.cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
     partial_NP = h_PG.new_empty((blocks if need_dweight else 0, rows), dtype=sum_dtype(h_PG.dtype))
     epilogue = Epilogue("dact", activation, h_PG, dh_PG, weight_TK.contiguous(), partial_NP, pair_of_row_P)
     _launch(

@@ -34,6 +34,7 @@ from fastexperts.kernels.ring import (
     before,
     columns,
     descriptor,
+    gatherable,
     put,
     ragged,
     rows,
@@ -44,17 +45,9 @@ from fastexperts.kernels.ring import (
 
 @gluon.jit
 def _dw_block(
-    p_offsets,
-    i_tile,
-    num_experts,
-    parts,
-    M,
-    num_m,
-    num_n,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-    GROUP: gl.constexpr,
-):
+    p_offsets, i_tile, num_experts, parts, num_m, num_n,
+    BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
     """(expert, its first row, the end of its rows, part, first row and column of the block)"""
     per_expert = parts * num_m * num_n
     i_tile = gl.minimum(i_tile, num_experts * per_expert - 1)
@@ -84,7 +77,7 @@ def _dw_producer(
     slot, phase = 0, 1
     for i_tile in range(gl.program_id(0), num_experts * parts * num_m * num_n, gl.num_programs(0)):
         _, start, end, part, m0, n0 = _dw_block(
-            p_offsets, i_tile, num_experts, parts, M, num_m, num_n, BM, BN, GROUP
+            p_offsets, i_tile, num_experts, parts, num_m, num_n, BM, BN, GROUP
         )
         o_r = gl.arange(0, BK, gl.SliceLayout(1, ROWS))
         o_c = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS)), 0)
@@ -129,7 +122,7 @@ def _dw_consumer(
     num_m, num_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
     slot, phase = 0, 0
     i_e, start, end, part, m0, n0 = _dw_block(
-        p_offsets, gl.program_id(0), num_experts, parts, M, num_m, num_n, BM, BN, GROUP
+        p_offsets, gl.program_id(0), num_experts, parts, num_m, num_n, BM, BN, GROUP
     )
     for i_tile in range(gl.program_id(0), num_experts * parts * num_m * num_n, gl.num_programs(0)):
         acc = gl.zeros([BM // CONSUMERS, BN], gl.float32, MMA)
@@ -142,7 +135,7 @@ def _dw_consumer(
             slot, phase = advance(slot, phase, STAGES)
         # the next block is looked up while the last product runs
         following = _dw_block(
-            p_offsets, i_tile + gl.num_programs(0), num_experts, parts, M, num_m, num_n, BM, BN, GROUP
+            p_offsets, i_tile + gl.num_programs(0), num_experts, parts, num_m, num_n, BM, BN, GROUP
         )
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=start < end)
@@ -191,9 +184,10 @@ def _hopper_dw(
     )  # fmt: skip
 
 
-def serves(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor) -> bool:
+def serves(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, *, gather_m: bool) -> bool:
     """Whether `launch` takes these operands; the gradient may be fp32."""
-    return available(rows_M, rows_N) and describable(out_ECMN)
+    stored = out_ECMN.element_size() <= 4 and describable(out_ECMN)
+    return stored and gatherable(rows_M if gather_m else rows_N) and available(rows_M, rows_N)
 
 
 def launch(

@@ -37,6 +37,7 @@ from fastexperts.kernels.ring import (
     before,
     columns,
     descriptor,
+    gatherable,
     put,
     ragged,
     rows,
@@ -287,10 +288,17 @@ def _hopper_mm(
     )  # fmt: skip
 
 
-def serves(a: Tensor, w_EC__: Tensor, out_PN: Tensor, kn: bool, epilogue: Epilogue | None) -> bool:
+def serves(
+    a: Tensor, w_EC__: Tensor, out_PN: Tensor, *, kn: bool, gather: bool, epilogue: Epilogue | None
+) -> bool:
     """Whether `launch` takes these operands; with `kn`, parts must follow each other."""
-    tensors = [a, w_EC__, out_PN, *((epilogue.h_PG, epilogue.dh_PG) if epilogue else ())]
-    return (not kn or w_EC__.shape[1] == 1) and available(*tensors)
+    tensors = [a, w_EC__, out_PN]
+    if epilogue:
+        dim_n = w_EC__.shape[3 if kn else 2]
+        tensors += [
+            h_PG.unflatten(1, (-1, dim_n)) for h_PG in (epilogue.h_PG, epilogue.dh_PG) if h_PG.numel()
+        ]
+    return (not kn or w_EC__.shape[1] == 1) and (not gather or gatherable(a)) and available(*tensors)
 
 
 def launch(

@@ -43,8 +43,16 @@ def available(*tensors: Tensor) -> bool:
         settings.allow_tma()
         and _is_hopper(tensors[0].device)
         and tensors[0].dtype in (torch.bfloat16, torch.float16)
-        and all(t.shape[0] <= END.value and (t.shape[0] == 0 or describable(t)) for t in tensors)
+        and all(
+            t.dtype == tensors[0].dtype and t.shape[0] <= END.value and (t.shape[0] == 0 or describable(t))
+            for t in tensors
+        )
     )
+
+
+def gatherable(tokens: Tensor) -> bool:
+    """Whether Triton sees 16-byte copies in rows of `tokens`: it knows of integers whether 16 divides them."""
+    return tokens.shape[1] % 16 == 0 and tokens.stride(0) % 16 == 0
 
 
 @functools.cache
