@@ -51,7 +51,7 @@ def available(*tensors: Tensor) -> bool:
 
 
 def gatherable(tokens: Tensor) -> bool:
-    """Whether Triton sees 16-byte copies in rows of `tokens`: it knows of integers whether 16 divides them."""
+    """Whether rows of `tokens` are copied 16 bytes at a time: Triton knows of integers whether 16 divides."""
     return tokens.shape[1] % 16 == 0 and tokens.stride(0) % 16 == 0
 
 

@@ -62,8 +62,8 @@ class Ring:
             )
 
 
-# Where these run, m of the tables below is 128 and n of "dh" 256, as in a ring's blocks: they share schedules and
-# the partial sums of dweight.
+# Where these run, m of the tables below is 128 and n of "dh" 256, as in a ring's blocks: they share schedules
+# and the partial sums of dweight.
 RINGS: dict[str, Ring] = {
     "up": Ring(group=16, producer_registers=56),
     "down": Ring(group=4),
