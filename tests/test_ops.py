@@ -6,7 +6,7 @@ from spies import use_interpreter
 from support import Case, build
 
 import fastexperts
-from fastexperts import cpu, kernels, ops
+from fastexperts import FastexpertsError, cpu, kernels, ops
 from fastexperts.moe import _moe_mlp
 
 CASE = Case(tokens=9, dims=(32, 16), routing="sentinels")
@@ -113,3 +113,12 @@ def test_bf16_in_the_interpreter_is_refused(monkeypatch):
     ids, weight = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
     with pytest.raises(fastexperts.FastexpertsError, match=r"bfloat16 on the CPU.*Unset FASTEXPERTS_BACKEND"):
         fastexperts.moe_mlp(x, ids, weight, w, w, activation="relu2")
+
+
+def test_a_schedule_of_another_backend_is_refused(monkeypatch):
+    """As FASTEXPERTS_BACKEND switched between a forward and its backward makes it: tiles of 128, not 32."""
+    use_interpreter(monkeypatch)
+    ids = torch.arange(300)[:, None] % 5
+    *_, offsets, schedule = cpu.route(ids, 5, 128)
+    with pytest.raises(FastexpertsError, match="the backend that routed"):
+        ops.down(torch.zeros(300, 16), torch.zeros(5, 8, 16), offsets, schedule)
