@@ -42,8 +42,8 @@ def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block
     maps = (row_of_pair, pair_of_row, offsets, TOP_K)
     dh, wa, _ = kernels.dh(x, w2, h, weight, *routing, *how, True, True, True)
     kernels.combine(kernels.dx(dh, w1, offsets, schedule), None, row_of_pair, TOP_K, dtype)
-    kernels.dw1(dh, x, *maps, w1.to(weights))
-    kernels.dw2(x, wa, *maps, w2.to(weights))
+    kernels.dw(dh, x, *maps, w1.to(weights), False)
+    kernels.dw(x, wa, *maps, w2.to(weights)[:, None], True)
 
 
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:

@@ -54,9 +54,7 @@ def test_nothing_is_computed_that_nobody_asked_for(frozen, backend):
     asked = set(case.asked)
     assert ran.count("dh") == bool(asked)
     assert ran.count("dx") == ("x" in asked)
-    assert [name for name in ("dw1", "dw2") if name in ran] == [
-        f"d{name}" for name in ("w1", "w2") if name in asked
-    ]
+    assert ran.count("dw") == len(asked & {"w1", "w2"})
     assert {"fastexperts::route", "fastexperts::moe_mlp"} <= set(dispatched.names)
     assert ("fastexperts::dw1" in dispatched.names, "fastexperts::dw2" in dispatched.names) == (
         "w1" in asked,

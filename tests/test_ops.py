@@ -71,7 +71,11 @@ def test_backends_agree(op, monkeypatch):
     use_interpreter(monkeypatch)
     rows, calls = arguments()
     pairs = build(CASE).ids.numel()
-    results = [getattr(module, op)(*calls[op]) for module in (kernels, cpu)]
+    call = list(calls[op])
+    if op in ("dw1", "dw2"):  # one function of a backend
+        call = [*call[:-1], call[-1] if op == "dw1" else call[-1][:, None], op == "dw2"]
+    name = op.rstrip("12")
+    results = [getattr(module, name)(*call) for module in (kernels, cpu)]
     one, other = (r if isinstance(r, tuple) else (r,) for r in results)
     for got, wanted in zip(one, other, strict=True):
         # rows behind the last are undefined

@@ -15,7 +15,7 @@ from fastexperts.activations import Activation
 from fastexperts.dtypes import accumulator
 from fastexperts.routing import route_torch as route
 
-__all__ = ["combine", "dh", "down", "dw1", "dw2", "dx", "route", "up"]
+__all__ = ["combine", "dh", "down", "dw", "dx", "route", "up"]
 
 
 def up(
@@ -87,43 +87,30 @@ def combine(
     return out_TD.to(dtype)
 
 
-def dw1(
-    dh_PG: Tensor,
-    x_TD: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    top_k: int,
-    w1_ECFD: Tensor,
-) -> Tensor:
-    return _dw(dh_PG, _gather(x_TD, pair_of_row_P, top_k), offsets_E1, w1_ECFD)
-
-
-def dw2(
-    dout_TD: Tensor,
-    wa_PF: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    top_k: int,
-    w2_EDF: Tensor,
-) -> Tensor:
-    return _dw(_gather(dout_TD, pair_of_row_P, top_k), wa_PF, offsets_E1, w2_EDF[:, None]).squeeze(1)
-
-
 def _gather(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
     """x_PD[row] = x_TD[token of row]"""
     return x_TD[pair_of_row_P.clamp(min=0) // top_k]
 
 
-def _dw(rows_PM: Tensor, rows_PN: Tensor, offsets_E1: Tensor, like_ECMN: Tensor) -> Tensor:
-    """out[e, c, m, n] = sum over rows of e of rows_PM[row, c*M + m] * rows_PN[row, n], dtype and strides of
-    `like`.
-    """
+def dw(
+    rows_M: Tensor,
+    rows_N: Tensor,
+    row_of_pair_P: Tensor,
+    pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    like_ECMN: Tensor,
+    gather_m: bool,
+) -> Tensor:
+    """See kernels.grouped_dw.dw."""
+    if gather_m:
+        rows_M = _gather(rows_M, pair_of_row_P, top_k)
+    else:
+        rows_N = _gather(rows_N, pair_of_row_P, top_k)
     out_ECMN = torch.empty_like(like_ECMN)
-    parts = zip(rows_PM.chunk(like_ECMN.shape[1], dim=1), out_ECMN.unbind(1), strict=True)
+    parts = zip(rows_M.chunk(like_ECMN.shape[1], dim=1), out_ECMN.unbind(1), strict=True)
     for part_PM, out_EMN in parts:
-        out_EMN.copy_(_grouped_mm(part_PM.t(), rows_PN, offsets_E1))
+        out_EMN.copy_(_grouped_mm(part_PM.t(), rows_N, offsets_E1))
     return out_ECMN
 
 

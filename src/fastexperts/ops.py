@@ -224,7 +224,8 @@ def dw1(
     w1_ECFD: Tensor,
 ) -> Tensor:
     """dw1_ECFD[e] = dh_PG[rows of e]^T @ x_TD[token of rows], in the dtype and the strides of `w1_ECFD`."""
-    return _implementation(dh_PG).dw1(dh_PG, x_TD, row_of_pair_P, pair_of_row_P, offsets_E1, top_k, w1_ECFD)
+    maps = (row_of_pair_P, pair_of_row_P, offsets_E1, top_k)
+    return _implementation(dh_PG).dw(dh_PG, x_TD, *maps, w1_ECFD, False)
 
 
 @dw1.register_fake
@@ -251,7 +252,8 @@ def dw2(
     w2_EDF: Tensor,
 ) -> Tensor:
     """dw2_EDF[e] = dout_TD[token of rows]^T @ wa_PF[rows of e], in the dtype and the strides of `w2_EDF`."""
-    return _implementation(wa_PF).dw2(dout_TD, wa_PF, row_of_pair_P, pair_of_row_P, offsets_E1, top_k, w2_EDF)
+    maps = (row_of_pair_P, pair_of_row_P, offsets_E1, top_k)
+    return _implementation(wa_PF).dw(dout_TD, wa_PF, *maps, w2_EDF[:, None], True).squeeze(1)
 
 
 @dw2.register_fake

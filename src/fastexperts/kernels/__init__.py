@@ -5,8 +5,8 @@ shape.
 """
 
 from fastexperts.kernels.combine import combine
-from fastexperts.kernels.grouped_dw import dw1, dw2
+from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, up
 from fastexperts.kernels.routing import route
 
-__all__ = ["combine", "dh", "down", "dw1", "dw2", "dx", "route", "up"]
+__all__ = ["combine", "dh", "down", "dw", "dx", "route", "up"]

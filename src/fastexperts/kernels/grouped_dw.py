@@ -112,48 +112,20 @@ def _grouped_dw(
             tl.store(p_block, acc.to(out.dtype.element_ty), mask=m_block)
 
 
-def dw1(
-    dh_PG: Tensor,
-    x_TD: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    top_k: int,
-    w1_ECFD: Tensor,
-) -> Tensor:
-    """See ops.dw1."""
-    maps = (row_of_pair_P, pair_of_row_P, top_k)
-    return _launch("dw1", dh_PG, x_TD, w1_ECFD, offsets_E1, *maps, gather_m=False)
-
-
-def dw2(
-    dout_TD: Tensor,
-    wa_PF: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    top_k: int,
-    w2_EDF: Tensor,
-) -> Tensor:
-    """See ops.dw2."""
-    maps = (row_of_pair_P, pair_of_row_P, top_k)
-    return _launch("dw2", dout_TD, wa_PF, w2_EDF[:, None], offsets_E1, *maps, gather_m=True).squeeze(1)
-
-
-def _launch(
-    name: str,
+def dw(
     rows_M: Tensor,
     rows_N: Tensor,
-    like_ECMN: Tensor,
-    offsets_E1: Tensor,
     row_of_pair_P: Tensor,
     pair_of_row_P: Tensor,
+    offsets_E1: Tensor,
     top_k: int,
-    *,
+    like_ECMN: Tensor,
     gather_m: bool,
 ) -> Tensor:
-    """out[e, c, m, n] = sum over rows of e of rows_M[row, c*M + m] * rows_N[row, n], dtype and strides of
-    `like`; rows_M (with `gather_m`) or rows_N holds tokens.
+    """out[e, c, m, n] = sum over rows of e of rows_M[row, c*M + m] * rows_N[row, n], with the dtype and
+    strides of `like`.
+
+    rows_M (with `gather_m`: dw2) or rows_N (dw1) holds tokens.
     """
     out_ECMN = torch.empty_like(like_ECMN)
     num_experts, parts, dim_m, dim_n = out_ECMN.shape
@@ -161,7 +133,7 @@ def _launch(
         return out_ECMN.zero_()
     rows_M, rows_N = packed(rows_M), packed(rows_N)
     if hopper_dw.serves(rows_M, rows_N, out_ECMN, gather_m=gather_m):
-        hopper_dw.launch(name, rows_M, rows_N, out_ECMN, pair_of_row_P, offsets_E1, top_k, gather_m=gather_m)
+        hopper_dw.launch(rows_M, rows_N, out_ECMN, pair_of_row_P, offsets_E1, top_k, gather_m=gather_m)
         return out_ECMN
     # a gather along the contraction costs these kernels more than a gather before it (docs/log.md)
     if gather_m:

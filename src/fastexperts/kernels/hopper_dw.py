@@ -191,7 +191,6 @@ def serves(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, *, gather_m: bool) 
 
 
 def launch(
-    name: str,
     rows_M: Tensor,
     rows_N: Tensor,
     out_ECMN: Tensor,
@@ -201,8 +200,8 @@ def launch(
     *,
     gather_m: bool,
 ) -> None:
-    """As grouped_dw._launch."""
-    ring = tiles.RINGS[name]
+    """As grouped_dw.dw."""
+    ring = tiles.RINGS["dw2" if gather_m else "dw1"]
     experts, parts, dim_m, dim_n = out_ECMN.shape
     half, width = BLOCK_M // CONSUMERS.value, 128 // out_ECMN.element_size()
     blocks = experts * parts * triton.cdiv(dim_m, BLOCK_M) * triton.cdiv(dim_n, BLOCK_N)

@@ -266,7 +266,7 @@ def _hopper_mm(
     staging = gl.allocate_shared_memory(DTYPE, [CONSUMERS * BUFFERS, BM // CONSUMERS, SLICE], LAYOUT)
     full, empty = barriers(STAGES, FILLS)
     ring = (a_s, w_s, full, empty)
-    h_ring = (a_s, full, empty)
+    h_ring = (a_s, full, empty)  # a stand-in: partitions take it in any case
     if EPILOGUE == "dact":
         h_s = gl.allocate_shared_memory(DTYPE, [2 * H_SLOTS, BM, SLICE], LAYOUT)
         h_full, h_empty = barriers(H_SLOTS, 1)
@@ -321,7 +321,7 @@ def launch(
     blocks = (len(schedule_S3) - 1) * triton.cdiv(dim_n, BLOCK_N // (1 if kn else parts))
     programs = min(blocks, processors(a.device))
     pair_of_row_P, top_k = gather or (schedule_S3, 1)
-    p_weight = p_dweight = schedule_S3
+    p_weight = p_dweight = schedule_S3  # stand-ins, here and below, for what is not asked for
     h = dh = out = ragged(out_PN, [half, box]) if len(out_PN) else None
     stores_h = stores_dweight = False
     if epilogue:

@@ -132,7 +132,9 @@ def swizzle(i, num_m, num_n, GROUP: gl.constexpr):
 
 @gluon.jit
 def put(out, coord, value, staging, SIDE: gl.constexpr, NUM: gl.constexpr, BUFFERS: gl.constexpr):
-    """Store number NUM of a block: through the next staging buffer, once its last store has been read."""
+    """Store number NUM of a block: through the next staging buffer, once its last store has been read. Blocks
+    have an even number of stores, so that two buffers alternate across blocks too.
+    """
     tma.store_wait(BUFFERS - 1)
     buffer = staging.index(SIDE * BUFFERS + NUM % BUFFERS)
     buffer.store(value.to(out.dtype))
