@@ -1,6 +1,6 @@
 """Every op of a training step of our layer, as a call on operands of the right scale.
 
-The one benchmark that knows the signatures in ops.py.
+The one benchmark that knows the primitives of backend.Backend.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from problems import Problem
 from torch import Tensor
 
-from fastexperts import ops
+from fastexperts import backend
+from fastexperts.activations import SWIGLU
+from fastexperts.routing import Routing
 
-SWIGLU = ("silu", [1.0, float("inf"), 0.0])
 # names of the grouped GEMMs among our kernels; _sum_dweight is none
 PRODUCT = re.compile(r"(grouped|hopper)_(mm|dw)$")
 
@@ -38,7 +39,9 @@ def is_product(kernel: str) -> bool:
 
 
 def tensors(values: object) -> list[Tensor]:
-    """The tensors in (nested) lists and tuples of arguments or results."""
+    """The tensors in (nested) lists, tuples and routings of arguments or results."""
+    if isinstance(values, Routing):
+        values = values.tensors
     if isinstance(values, Tensor):
         return [values]
     if isinstance(values, list | tuple):
@@ -67,19 +70,17 @@ def layer_passes(problem: Problem) -> dict[str, Pass]:
         passes[name] = Pass(name, tile, flops, least_bytes(read, tensors(results)), lambda: op(*args))
         return results
 
-    r = add("route", ops.route, ids_TK, shape.experts, ops.block_m(x_TD.device, dtype))
-    row, pair, offsets, schedule = r
-    maps = (row, pair, offsets, k)
-    h_PG, a_PF = add(
-        "up", ops.up, x_TD, w1_ECFD, pair, offsets, schedule, k, *SWIGLU, True, tile="up", parts=2
-    )
-    y_PD = add("down", ops.down, a_PF, w2_EDF, offsets, schedule, tile="down", parts=1)
-    add("combine", ops.combine, y_PD, weight_TK, row, k, dtype)
+    ops = backend.load(x_TD.device)
+    routing = add("route", ops.route, ids_TK, shape.experts, ops.block_m(x_TD.device, dtype))
+    h_PG, a_PF = add("up", ops.up, x_TD, w1_ECFD, routing, SWIGLU, True, tile="up", parts=2)
+    y_PD = add("down", ops.down, a_PF, w2_EDF, routing, tile="down", parts=1)
+    add("combine", ops.combine, y_PD, weight_TK, routing, dtype)
+    every = (True, True, True)
     dh_PG, wa_PF, _ = add(
-        "dh", ops.dh, dout_TD, w2_EDF, h_PG, weight_TK, *r, *SWIGLU, True, True, True, tile="dh", parts=1
+        "dh", ops.dh, dout_TD, w2_EDF, h_PG, weight_TK, routing, SWIGLU, *every, tile="dh", parts=1
     )
-    add("dw2", ops.dw2, dout_TD, wa_PF, *maps, w2_EDF, tile="dw", parts=1, like=1)
-    dx_PD = add("dx", ops.dx, dh_PG, w1_ECFD, offsets, schedule, tile="dx", parts=2)
-    add("combine dx", ops.combine, dx_PD, None, row, k, dtype)
-    add("dw1", ops.dw1, dh_PG, x_TD, *maps, w1_ECFD, tile="dw", parts=2, like=1)
+    add("dw2", ops.dw2, dout_TD, wa_PF, routing, w2_EDF, tile="dw", parts=1, like=1)
+    dx_PD = add("dx", ops.dx, dh_PG, w1_ECFD, routing, tile="dx", parts=2)
+    add("combine dx", ops.combine, dx_PD, None, routing, dtype)
+    add("dw1", ops.dw1, dh_PG, x_TD, routing, w1_ECFD, tile="dw", parts=2, like=1)
     return passes

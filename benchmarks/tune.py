@@ -23,8 +23,8 @@ from problems import Problem, make_experts
 from shapes import SHAPES
 from timing import take_turns
 
-from fastexperts import ops
 from fastexperts.kernels import tiles
+from fastexperts.kernels.launch import forgotten
 from fastexperts.kernels.tiles import Tile
 
 GRIDS = ((0, False), (1, False), (1, True))
@@ -59,7 +59,7 @@ def with_tile(name: str, tile: Tile | None) -> Iterator[None]:
     def lookup(*args: Any, **kwargs: Any) -> Tile:
         return tile if tile and name in (*args, *kwargs.values()) else table(*args, **kwargs)
 
-    with mock.patch.object(tiles, "tile", lookup):
+    with forgotten(), mock.patch.object(tiles, "tile", lookup):
         yield
 
 
@@ -86,7 +86,7 @@ def sort_out(step: Pass) -> tuple[dict[Candidate, float], list[str]]:
     ours = Candidate(step, None)
     expected = ours.run()
     running, failed = {ours: 0.0}, []
-    rows = ops.block_m(torch.device("cuda"), torch.bfloat16)
+    rows = tiles.block_m(torch.device("cuda"), torch.bfloat16)
     for tile in CANDIDATES[step.tile or ""]:
         candidate = Candidate(step, tile)
         if step.tile != "dw" and tile.m != rows:

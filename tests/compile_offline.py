@@ -29,21 +29,18 @@ def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block
     """One forward and backward with all gradients; zeros, since nothing runs."""
     act = ACTIVATIONS[name]
     ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64)
-    row_of_pair, pair_of_row, offsets, schedule = kernels.route(ids, EXPERTS, block_m)
+    routing = kernels.route(ids, EXPERTS, block_m)
     x = torch.zeros(TOKENS, DIM_D, dtype=dtype)
     weight = torch.zeros(TOKENS, TOP_K)
     w1 = torch.zeros(EXPERTS, act.parts, DIM_F, DIM_D, dtype=dtype)
     w2 = torch.zeros(EXPERTS, DIM_D, DIM_F, dtype=dtype)
-    how = (act.fn, act.params)
-    h, a = kernels.up(x, w1, pair_of_row, offsets, schedule, TOP_K, *how, True)
-    y = kernels.down(a, w2, offsets, schedule)
-    kernels.combine(y, weight, row_of_pair, TOP_K, dtype)
-    routing = (row_of_pair, pair_of_row, offsets, schedule)
-    maps = (row_of_pair, pair_of_row, offsets, TOP_K)
-    dh, wa, _ = kernels.dh(x, w2, h, weight, *routing, *how, True, True, True)
-    kernels.combine(kernels.dx(dh, w1, offsets, schedule), None, row_of_pair, TOP_K, dtype)
-    kernels.dw(dh, x, *maps, w1.to(weights), False)
-    kernels.dw(x, wa, *maps, w2.to(weights)[:, None], True)
+    h, a = kernels.up(x, w1, routing, act, True)
+    y = kernels.down(a, w2, routing)
+    kernels.combine(y, weight, routing, dtype)
+    dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, True, True, True)
+    kernels.combine(kernels.dx(dh, w1, routing), None, routing, dtype)
+    kernels.dw1(dh, x, routing, w1.to(weights))
+    kernels.dw2(x, wa, routing, w2.to(weights))
 
 
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:

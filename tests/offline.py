@@ -38,7 +38,16 @@ def offline(arch: int, hopper: bool = False) -> Iterator[list[tuple[str, Any]]]:
     """Yield the list of (kernel name, compiled kernel) that fills as launches are made with CPU or meta
     tensors; through the kernels for Hopper or not.
     """
-    from fastexperts.kernels import grouped_dw, grouped_mm, hopper_dw, hopper_mm, operands, ring, tiles
+    from fastexperts.kernels import (
+        grouped_dw,
+        grouped_mm,
+        hopper_dw,
+        hopper_mm,
+        launch,
+        operands,
+        ring,
+        tiles,
+    )
 
     compiled: list[tuple[str, Any]] = []
     original = JITFunction.run
@@ -52,6 +61,8 @@ def offline(arch: int, hopper: bool = False) -> Iterator[list[tuple[str, Any]]]:
         return ("gpu" if dtype.itemsize > 2 else f"sm{arch}", dtype.itemsize)
 
     with (
+        launch.forgotten(),
+        mock.patch.object(launch.Plan, "again", lambda plan, grid, arguments: plan.first(grid, arguments)),
         mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tiles, "_key", key),

@@ -35,57 +35,58 @@ class Ops(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def spy_backend() -> Iterator[list[tuple[str, str]]]:
-    """(backend module, function) of each op that runs inside, also inside of other ops."""
-    from fastexperts import ops
+def spy_backend() -> Iterator[list[tuple[str, str, Any]]]:
+    """(backend module, function, result) of each primitive that runs inside, also inside of ops."""
+    from fastexperts import backend
 
-    calls: list[tuple[str, str]] = []
-    original = ops._implementation
+    calls: list[tuple[str, str, Any]] = []
+    original = backend.load
 
-    def implementation(tensor: Tensor) -> SimpleNamespace:
-        module = original(tensor)
-        backend = module.__name__.rpartition(".")[2]
+    def load(device: torch.device) -> SimpleNamespace:
+        module = original(device)
+        where = module.__name__.rpartition(".")[2]
 
         def recorded(name: str) -> Any:
-            def call(*args: Any) -> Any:
-                calls.append((backend, name))
-                return getattr(module, name)(*args)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                result = getattr(module, name)(*args, **kwargs)
+                calls.append((where, name, result))
+                return result
 
             return call
 
         return SimpleNamespace(**{name: recorded(name) for name in module.__all__})
 
-    with mock.patch.object(ops, "_implementation", implementation):
+    with mock.patch.object(backend, "load", load):
         yield calls
 
 
 @contextlib.contextmanager
 def spy_operands() -> Iterator[list[tuple[str, str]]]:
-    """("rows" or "weight", "descriptor" or "pointer") of each operand of a grouped GEMM inside; ("all",
-    "ring") of one for Hopper.
+    """("rows" or "weight", "descriptor" or "pointer") of each operand of a grouped GEMM that is planned
+    inside, where nothing was planned before; ("all", "ring") of one for Hopper.
     """
-    from fastexperts.kernels import grouped_dw, grouped_mm, hopper_dw, hopper_mm, operands
+    from fastexperts.kernels import grouped_dw, grouped_mm, hopper_dw, hopper_mm, launch, operands
 
     seen: list[tuple[str, str]] = []
 
     def operand(tensor: Tensor, *args: Any) -> Any:
-        result = operands.operand(tensor, *args)
-        path = "descriptor" if operands.is_descriptor(result) else "pointer"
-        seen.append(("rows" if tensor.dim() == 2 else "weight", path))
-        return result
+        view = operands.operand(tensor, *args)
+        seen.append(("rows" if tensor.dim() == 2 else "weight", "descriptor" if view else "pointer"))
+        return view
 
-    def ring(launch: Any) -> Any:
-        def recorded(*args: Any, **kwargs: Any) -> None:
+    def ring(plan: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
             seen.append(("all", "ring"))
-            launch(*args, **kwargs)
+            return plan(*args, **kwargs)
 
         return recorded
 
     with (
+        launch.forgotten(),
         mock.patch.object(grouped_mm, "operand", operand),
         mock.patch.object(grouped_dw, "operand", operand),
-        mock.patch.object(hopper_mm, "launch", ring(hopper_mm.launch)),
-        mock.patch.object(hopper_dw, "launch", ring(hopper_dw.launch)),
+        mock.patch.object(hopper_mm, "plan", ring(hopper_mm.plan)),
+        mock.patch.object(hopper_dw, "plan", ring(hopper_dw.plan)),
     ):
         yield seen
 

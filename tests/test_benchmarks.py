@@ -330,14 +330,18 @@ def test_compilations_are_counted_where_triton_keeps_them():
     script = """
 import compile_time, torch
 from offline import offline
-from fastexperts import kernels
+from fastexperts import cpu, kernels
+
+def combine(tokens, top_k):
+    routing = cpu.route(torch.zeros(tokens, top_k, dtype=torch.int64), 4, 128)
+    kernels.combine(torch.zeros(tokens * top_k, 64), None, routing, torch.float32)
+
 with offline(90):
-    ids = torch.zeros(8, 2, dtype=torch.int64)
     seen = [compile_time.compilations()]
     for tokens in (8, 8, 24):
-        kernels.combine(torch.zeros(tokens * 2, 64), None, ids, 2, torch.float32)
+        combine(tokens, 2)
         seen.append(compile_time.compilations())
-    kernels.combine(torch.zeros(16, 64), None, ids, 4, torch.float32)
+    combine(8, 4)
     print(*seen, compile_time.compilations())
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -15,7 +15,7 @@ LAYERS = (
     {"activations", "routing", "weights"},
     {"kernels"},
     {"checks", "cpu", "reference"},
-    {"ops"},
+    {"backend"},
     {"moe"},
     {"hf", "metrics"},
     {"train"},
@@ -23,7 +23,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 # Kernels need triton, so these alone import them, inside functions.
-USES_KERNELS = {"ops", "routing"}
+USES_KERNELS = {"backend"}
 # The oracle shares the plain types with what it judges, and no code that computes.
 REFERENCE_MAY_USE = {"errors", "activations", "routing", "weights"}
 
@@ -84,7 +84,7 @@ def import_violations(package):
             elif target == "kernels" and not lazy:
                 found.append(f"{where}:{line}: kernels are imported inside functions (they need triton)")
             elif target == "kernels":
-                continue  # the one import that may point up: routing's kernel takes routing's types
+                continue  # lazy, and only of the backend
             elif unit == "reference" and target not in REFERENCE_MAY_USE:
                 found.append(f"{where}:{line}: the reference imports plain types only, not {target}")
             elif target in RANK and RANK[target] >= RANK[unit]:
@@ -134,14 +134,14 @@ def package(tmp_path):
         "__init__.py": "from fastexperts.moe import moe_mlp",
         "errors.py": "",
         "settings.py": "import os\nfrom fastexperts.errors import refuse\nos.environ.get('FASTEXPERTS_A')",
-        "routing.py": "def sort():\n    from fastexperts.kernels import routing",
+        "routing.py": "",
         "weights.py": "",
         "kernels/__init__.py": "",
         "kernels/routing.py": "import triton\nfrom fastexperts.routing import Routing\nfrom .tiles import T",
         "kernels/tiles.py": "",
-        "ops.py": "from fastexperts import routing\ndef up():\n    import fastexperts.kernels.tiles",
+        "backend.py": "from fastexperts import routing\ndef up():\n    import fastexperts.kernels.tiles",
         "reference.py": "from .weights import Weight",
-        "moe.py": "from fastexperts.ops import up",
+        "moe.py": "from fastexperts.backend import up",
         "hf/__init__.py": "",
         "hf/experts.py": "from ..moe import moe_mlp",
     }
@@ -161,16 +161,16 @@ def test_the_miniature_is_clean(package):
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("ops.py", "from fastexperts.moe import moe_mlp", "ops is not above moe"),
-        ("ops.py", "def f():\n    from . import moe", "ops is not above moe"),
-        ("ops.py", "from fastexperts.kernels import routing", "inside functions"),
-        ("moe.py", "def f():\n    from .kernels import routing", "only ['ops', 'routing']"),
+        ("backend.py", "from fastexperts.moe import moe_mlp", "backend is not above moe"),
+        ("backend.py", "def f():\n    from . import moe", "backend is not above moe"),
+        ("backend.py", "from fastexperts.kernels import routing", "inside functions"),
+        ("moe.py", "def f():\n    from .kernels import routing", "only ['backend']"),
         ("moe.py", "import fastexperts", "not the package"),
         ("moe.py", "from fastexperts import register", "not the package"),
         ("weights.py", "from fastexperts.routing import Routing", "weights is not above routing"),
         ("hf/experts.py", "from ..metrics import flops", "hf is not above metrics"),
-        ("kernels/routing.py", "from ..ops import up", "kernels is not above ops"),
-        ("reference.py", "from fastexperts.ops import up", "plain types only, not ops"),
+        ("kernels/routing.py", "from ..backend import up", "kernels is not above backend"),
+        ("reference.py", "from fastexperts.backend import up", "plain types only, not backend"),
         ("helpers.py", "", "not in LAYERS"),
     ],
 )

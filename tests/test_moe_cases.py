@@ -71,7 +71,7 @@ def test_kernels(case, monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_TMA", str(int(case.tma)))
     with spy_backend() as calls, spy_operands() as operands, poison():
         check_case(case)
-    assert calls == [("kernels", name) for name in expected_ops(case)]
+    assert [call[:2] for call in calls] == [("kernels", name) for name in expected_ops(case)]
     if case.tokens > 0:
         check_operands(case, operands)
 
@@ -80,7 +80,7 @@ def test_kernels(case, monkeypatch):
 def test_torch_backend(case):
     with spy_backend() as calls:
         check_case(case)
-    assert calls == [("cpu", name) for name in expected_ops(case)]
+    assert [call[:2] for call in calls] == [("cpu", name) for name in expected_ops(case)]
 
 
 @pytest.mark.parametrize("case", HALF, ids=str)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from safetensors import safe_open
+from spies import spy_backend
 from support_hf import TINY, Ops, assert_close, relative, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
@@ -186,19 +187,13 @@ def test_a_copied_and_pickled_model_still_trains(tmp_path):
 def test_a_whole_model_through_the_triton_kernels(monkeypatch):
     """In the interpreter where there is no GPU (conftest sets TRITON_INTERPRET)."""
     pytest.importorskip("triton")
-    from fastexperts import ops
-
-    ran = []
-    implementation = ops._implementation
-    monkeypatch.setattr(
-        ops, "_implementation", lambda t: ran.append(implementation(t).__name__) or implementation(t)
-    )
     monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = tokens(length=9).to(device)
     ours = tiny_model("qwen3_moe", "fastexperts").to(device).train()
-    got = loss_and_gradients(ours, ids)
-    assert set(ran) == {"fastexperts.kernels"}
+    with spy_backend() as calls:
+        got = loss_and_gradients(ours, ids)
+    assert {where for where, *_ in calls} == {"kernels"}
     wanted = loss_and_gradients(tiny_model("qwen3_moe", "eager").to(device).train(), ids)
     assert_close(got, wanted, tolerance=1e-5)
 

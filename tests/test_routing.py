@@ -18,10 +18,14 @@ def kernel_route(ids, experts, block_m):
     from fastexperts import kernels
 
     with poison():
-        return kernels.route(ids, experts, block_m)
+        return kernels.route(ids, experts, block_m).tensors
 
 
-IMPLEMENTATIONS = {"torch": route_torch, "kernels": kernel_route}
+def torch_route(ids, experts, block_m):
+    return route_torch(ids, experts, block_m).tensors
+
+
+IMPLEMENTATIONS = {"torch": torch_route, "kernels": kernel_route}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -80,7 +84,7 @@ def test_kernels_equal_pytorch(size, dtype, monkeypatch):
     use_interpreter(monkeypatch)
     tokens, experts, k, block_m = size
     ids = ids_of("sentinels", tokens, experts, k).to(dtype)
-    expected, got = route_torch(ids, experts, block_m), kernel_route(ids, experts, block_m)
+    expected, got = torch_route(ids, experts, block_m), kernel_route(ids, experts, block_m)
     live = int(expected[3][0, 0])
     for name, a, b in zip(("row_of_pair", "pair_of_row", "offsets"), expected[:3], got[:3], strict=True):
         assert torch.equal(a, b), name
@@ -113,7 +117,7 @@ def test_ties_keep_the_order_of_pairs(route):
 
 
 def test_order_of_the_fields():
-    tensors = route_torch(torch.tensor([[0, 1], [1, 2], [0, 5]]), 4, 16)
+    tensors = torch_route(torch.tensor([[0, 1], [1, 2], [0, 5]]), 4, 16)
     routing = Routing(*tensors, top_k=2)
     assert all(a is b for a, b in zip(routing.tensors, tensors, strict=True))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -121,7 +125,7 @@ def test_order_of_the_fields():
 
 
 def test_what_does_not_fit_is_refused():
-    row_of_pair, pair_of_row, offsets, schedule = route_torch(torch.tensor([[0, 1], [1, 2]]), 4, 16)
+    row_of_pair, pair_of_row, offsets, schedule = torch_route(torch.tensor([[0, 1], [1, 2]]), 4, 16)
     with pytest.raises(FastexpertsError, match="need one shape"):
         Routing(row_of_pair, pair_of_row[:3], offsets, schedule, top_k=2)
     with pytest.raises(FastexpertsError, match="does not divide"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastexperts import FastexpertsError, moe_mlp, ops, settings
+from fastexperts import FastexpertsError, backend, moe_mlp, settings
 from fastexperts.kernels import operands
 
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def test_flags(name, monkeypatch):
 def test_backend(value, cpu, cuda, monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_BACKEND", value)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert ops.backend_of(CPU) == cpu
-    assert ops.backend_of(torch.device("cuda")) == cuda
+    assert backend.name(CPU) == cpu
+    assert backend.name(torch.device("cuda")) == cuda
 
 
 def test_an_unknown_backend_is_refused(monkeypatch):
@@ -51,16 +51,15 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(FastexpertsError, match=r"needs CUDA tensors, or TRITON_INTERPRET=1\. Unset FAST"):
-        ops.backend_of(CPU)
+        backend.name(CPU)
 
 
 def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_BACKEND", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr("builtins.__import__", _without_kernels(__import__))
-    x = torch.zeros(1, 1)
     with pytest.raises(FastexpertsError, match=r"`triton` could not be imported .*Install triton"):
-        ops._implementation(x)
+        backend.load(CPU)
 
 
 def _without_kernels(original):
@@ -76,9 +75,7 @@ def test_descriptors_need_16_bytes(monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_TMA", "1")
 
     def path(tensor, parts=1):
-        return (
-            "descriptor" if operands.is_descriptor(operands.operand(tensor, [16, 16], parts)) else "pointer"
-        )
+        return "descriptor" if operands.operand(tensor, [16, 16], parts) else "pointer"
 
     base = torch.zeros(32, 40)
     assert path(base) == "descriptor"

@@ -1,6 +1,6 @@
-"""The ops of ops.py over PyTorch's own grouped GEMM: what runs where Triton does not.
+"""The primitives of backend.Backend over PyTorch's own grouped GEMM: what runs where Triton does not.
 
-Legend: see ops.py. Host offsets are read once per call, which costs nothing on a CPU.
+Legend: see backend.py. Host offsets are read once per call, which costs nothing on a CPU.
 """
 
 from __future__ import annotations
@@ -13,35 +13,33 @@ from torch import Tensor
 
 from fastexperts.activations import Activation
 from fastexperts.dtypes import accumulator
+from fastexperts.routing import Routing
 from fastexperts.routing import route_torch as route
 
-__all__ = ["combine", "dh", "down", "dw", "dx", "route", "up"]
+__all__ = ["block_m", "combine", "dh", "down", "dw1", "dw2", "dx", "route", "up"]
+
+
+def block_m(device: torch.device, dtype: torch.dtype) -> int:
+    return 128
 
 
 def up(
-    x_TD: Tensor,
-    w1_ECFD: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    schedule_S3: Tensor,
-    top_k: int,
-    act: str,
-    params: list[float],
-    keep_h: bool,
+    x_TD: Tensor, w1_ECFD: Tensor, routing: Routing, activation: Activation, keep_h: bool
 ) -> tuple[Tensor, Tensor]:
-    activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
-    x_PD = _gather(x_TD, pair_of_row_P, top_k)
-    h_PG = torch.cat([_grouped_mm(x_PD, w.transpose(1, 2), offsets_E1) for w in w1_ECFD.unbind(1)], dim=1)
+    x_PD = _gather(x_TD, routing)
+    h_PG = torch.cat(
+        [_grouped_mm(x_PD, w.transpose(1, 2), routing.offsets_E1) for w in w1_ECFD.unbind(1)], dim=1
+    )
     return h_PG if keep_h else h_PG[:0].clone(), activation.forward(h_PG)
 
 
-def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
-    return _grouped_mm(a_PF, w2_EDF.transpose(1, 2), offsets_E1)
+def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing) -> Tensor:
+    return _grouped_mm(a_PF, w2_EDF.transpose(1, 2), routing.offsets_E1)
 
 
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing) -> Tensor:
     parts = zip(dh_PG.chunk(w1_ECFD.shape[1], dim=1), w1_ECFD.unbind(1), strict=True)
-    first, *rest = (_grouped_mm(dh_PF, w_EFD, offsets_E1) for dh_PF, w_EFD in parts)
+    first, *rest = (_grouped_mm(dh_PF, w_EFD, routing.offsets_E1) for dh_PF, w_EFD in parts)
     return first + rest[0] if rest else first
 
 
@@ -50,21 +48,16 @@ def dh(
     w2_EDF: Tensor,
     h_PG: Tensor,
     weight_TK: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    schedule_S3: Tensor,
-    act: str,
-    params: list[float],
+    routing: Routing,
+    activation: Activation,
     need_dh: bool,
     need_wa: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    activation = Activation.of(act, h_PG.shape[1] == 2 * w2_EDF.shape[2], params)
     wide = accumulator(h_PG.dtype)
-    dout_PD = _gather(dout_TD, pair_of_row_P, weight_TK.shape[1])
-    v_PF = _grouped_mm(dout_PD, w2_EDF, offsets_E1).to(wide)
-    weight_P1 = weight_TK.reshape(-1)[pair_of_row_P.clamp(min=0)].to(wide)[:, None]
+    row_of_pair_P = routing.row_of_pair_P
+    v_PF = _grouped_mm(_gather(dout_TD, routing), w2_EDF, routing.offsets_E1).to(wide)
+    weight_P1 = weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)].to(wide)[:, None]
     a_PF, dh_PG = activation.vjp(h_PG.to(wide), weight_P1 * v_PF)
     dweight_P = (v_PF * a_PF).sum(-1)[row_of_pair_P.clamp(min=0)].where(row_of_pair_P >= 0, 0)
     return (
@@ -74,12 +67,11 @@ def dh(
     )
 
 
-def combine(
-    y_PD: Tensor, weight_TK: Tensor | None, row_of_pair_P: Tensor, top_k: int, dtype: torch.dtype
-) -> Tensor:
+def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
     wide = accumulator(y_PD.dtype)
-    out_TD = y_PD.new_zeros((row_of_pair_P.shape[0] // top_k, y_PD.shape[1]), dtype=wide)
-    for k, row_T in enumerate(row_of_pair_P.view(-1, top_k).unbind(1)):
+    row_of_pair_TK = routing.row_of_pair_P.view(-1, routing.top_k)
+    out_TD = y_PD.new_zeros((len(row_of_pair_TK), y_PD.shape[1]), dtype=wide)
+    for k, row_T in enumerate(row_of_pair_TK.unbind(1)):
         y_TD = y_PD[row_T.clamp(min=0)].to(wide)
         if weight_TK is not None:
             y_TD = y_TD * weight_TK[:, k, None].to(wide)
@@ -87,30 +79,24 @@ def combine(
     return out_TD.to(dtype)
 
 
-def _gather(x_TD: Tensor, pair_of_row_P: Tensor, top_k: int) -> Tensor:
+def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:
+    return _dw(dh_PG, _gather(x_TD, routing), routing, w1_ECFD)
+
+
+def dw2(dout_TD: Tensor, wa_PF: Tensor, routing: Routing, w2_EDF: Tensor) -> Tensor:
+    return _dw(_gather(dout_TD, routing), wa_PF, routing, w2_EDF[:, None]).squeeze(1)
+
+
+def _gather(x_TD: Tensor, routing: Routing) -> Tensor:
     """x_PD[row] = x_TD[token of row]"""
-    return x_TD[pair_of_row_P.clamp(min=0) // top_k]
+    return x_TD[routing.pair_of_row_P.clamp(min=0) // routing.top_k]
 
 
-def dw(
-    rows_M: Tensor,
-    rows_N: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    top_k: int,
-    like_ECMN: Tensor,
-    gather_m: bool,
-) -> Tensor:
-    """See kernels.grouped_dw.dw."""
-    if gather_m:
-        rows_M = _gather(rows_M, pair_of_row_P, top_k)
-    else:
-        rows_N = _gather(rows_N, pair_of_row_P, top_k)
+def _dw(rows_M: Tensor, rows_N: Tensor, routing: Routing, like_ECMN: Tensor) -> Tensor:
     out_ECMN = torch.empty_like(like_ECMN)
     parts = zip(rows_M.chunk(like_ECMN.shape[1], dim=1), out_ECMN.unbind(1), strict=True)
     for part_PM, out_EMN in parts:
-        out_EMN.copy_(_grouped_mm(part_PM.t(), rows_N, offsets_E1))
+        out_EMN.copy_(_grouped_mm(part_PM.t(), rows_N, routing.offsets_E1))
     return out_ECMN
 
 

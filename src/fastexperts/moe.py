@@ -9,15 +9,16 @@ primal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastexperts import ops
+from fastexperts import backend, settings
 from fastexperts.activations import SWIGLU, Activation, resolve
 from fastexperts.checks import check_moe_mlp
-from fastexperts.routing import Routing
+from fastexperts.routing import Routing, check_ids, schedule_length
 from fastexperts.weights import Weight, as_weight
 
 
@@ -32,12 +33,10 @@ def forward(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out_TD, h_PG). Products run in `dtype`; the casts live as long as the call."""
-    h_PG, a_PF = ops.up(
-        x_TD.to(dtype), w1_ECFD.to(dtype), routing.pair_of_row_P, routing.offsets_E1, routing.schedule_S3,
-        routing.top_k, activation.fn, activation.params, keep_h,
-    )  # fmt: skip
-    y_PD = ops.down(a_PF, w2_EDF.to(dtype), routing.offsets_E1, routing.schedule_S3)
-    return ops.combine(y_PD, weight_TK, routing.row_of_pair_P, routing.top_k, x_TD.dtype), h_PG
+    ops = backend.load(x_TD.device)
+    h_PG, a_PF = ops.up(x_TD.to(dtype), w1_ECFD.to(dtype), routing, activation, keep_h)
+    y_PD = ops.down(a_PF, w2_EDF.to(dtype), routing)
+    return ops.combine(y_PD, weight_TK, routing, x_TD.dtype), h_PG
 
 
 def backward(
@@ -50,29 +49,29 @@ def backward(
     routing: Routing,
     activation: Activation,
     dtype: torch.dtype,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx_TD, dweight_TK, dw1_ECFD, dw2_EDF), each only if `needs` it, from x and h alone: a is
     recomputed, and y is not needed, since <dout, W2 a> = <W2^T dout, a> = <v, a> is dweight.
     """
+    ops = backend.load(x_TD.device)
     need_dx, need_dweight, need_dw1, need_dw2 = needs
-    dx_TD = dweight_TK = dw1_ECFD = dw2_EDF = None
+    dx_TD = dw1_ECFD = dw2_EDF = None
 
     dout_TD = dout_TD.to(dtype)
-    rows = (routing.row_of_pair_P, routing.pair_of_row_P, routing.offsets_E1, routing.top_k)
     dh_PG, wa_PF, dweight_TK = ops.dh(
-        dout_TD, w2_EDF.to(dtype), h_PG, weight_TK, *routing.tensors, activation.fn, activation.params,
-        need_dx or need_dw1, need_dw2, need_dweight,
+        dout_TD, w2_EDF.to(dtype), h_PG, weight_TK, routing, activation,
+        need_dh=need_dx or need_dw1, need_wa=need_dw2, need_dweight=need_dweight,
     )  # fmt: skip
     if need_dw2:
-        dw2_EDF = ops.dw2(dout_TD, wa_PF, *rows, w2_EDF)
+        dw2_EDF = ops.dw2(dout_TD, wa_PF, routing, w2_EDF)
     del wa_PF
     if need_dx:
-        dx_PD = ops.dx(dh_PG, w1_ECFD.to(dtype), routing.offsets_E1, routing.schedule_S3)
-        dx_TD = ops.combine(dx_PD, None, routing.row_of_pair_P, routing.top_k, x_TD.dtype)
+        dx_PD = ops.dx(dh_PG, w1_ECFD.to(dtype), routing)
+        dx_TD = ops.combine(dx_PD, None, routing, x_TD.dtype)
         del dx_PD
     if need_dw1:
-        dw1_ECFD = ops.dw1(dh_PG, x_TD.to(dtype), *rows, w1_ECFD)
+        dw1_ECFD = ops.dw1(dh_PG, x_TD.to(dtype), routing, w1_ECFD)
     return dx_TD, dweight_TK if need_dweight else None, dw1_ECFD, dw2_EDF
 
 
@@ -121,70 +120,144 @@ def moe_mlp(
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     w1_ECFD, w2_EDF = w1.parts(activation.parts), w2.out_in
 
-    routing = ops.route(ids_TK, w2_EDF.shape[0], ops.block_m(x_TD.device, dtype))
-    differentiable = (x_TD, weight_TK, w1_ECFD, w2_EDF)
-    keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    out_TD, _ = _moe_mlp(
-        *differentiable, list(routing), ids_TK.shape[1], activation.fn, activation.params, dtype, keep_h
-    )
+    tensors = (x_TD, ids_TK, weight_TK, w1_ECFD, w2_EDF)
+    keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    out_TD, *_ = _moe_mlp(*tensors, activation.fn, activation.params, dtype, keep_h)
     return out_TD
+
+
+# The layer as PyTorch sees it: two ops that torch.compile, checkpoint policies and profilers see whole. They
+# take no objects and return no None: activations travel as a name and floats, absent tensors with 0 rows.
 
 
 @torch.library.custom_op("fastexperts::moe_mlp", mutates_args=())
 def _moe_mlp(
     x_TD: Tensor,
+    ids_TK: Tensor,
     weight_TK: Tensor,
     w1_ECFD: Tensor,
     w2_EDF: Tensor,
-    routing: list[Tensor],
-    top_k: int,
     act: str,
     params: list[float],
     dtype: torch.dtype,
     keep_h: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out_TD, h_PG, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
+    num_experts = w2_EDF.shape[0]
+    if settings.check_ids():
+        check_ids(ids_TK, num_experts)
+    backend.check_current(x_TD.device)
+    ops = backend.load(x_TD.device)
+    routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
     activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
-    return forward(x_TD, weight_TK, w1_ECFD, w2_EDF, Routing.of(routing, top_k), activation, dtype, keep_h)
+    out_TD, h_PG = forward(x_TD, weight_TK, w1_ECFD, w2_EDF, routing, activation, dtype, keep_h)
+    row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3 = routing.tensors
+    return out_TD, h_PG, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
 
 
 @_moe_mlp.register_fake
 def _(
     x_TD: Tensor,
+    ids_TK: Tensor,
     weight_TK: Tensor,
     w1_ECFD: Tensor,
     w2_EDF: Tensor,
-    routing: list[Tensor],
-    top_k: int,
     act: str,
     params: list[float],
     dtype: torch.dtype,
     keep_h: bool,
-) -> tuple[Tensor, Tensor]:
-    _, parts, dim_f, _ = w1_ECFD.shape
-    h_PG = x_TD.new_empty((weight_TK.numel() if keep_h else 0, parts * dim_f), dtype=dtype)
-    return x_TD.new_empty(x_TD.shape), h_PG
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_experts, parts, dim_f, _ = w1_ECFD.shape
+    num_pairs = ids_TK.numel()
+    block_m = backend.load(x_TD.device).block_m(x_TD.device, dtype)
+
+    def integers(*shape: int) -> Tensor:
+        return ids_TK.new_empty(shape, dtype=torch.int32)
+
+    return (
+        x_TD.new_empty(x_TD.shape),
+        x_TD.new_empty((num_pairs if keep_h else 0, parts * dim_f), dtype=dtype),
+        integers(num_pairs),
+        integers(num_pairs),
+        integers(num_experts + 1),
+        integers(schedule_length(num_pairs, num_experts, block_m), 3),
+    )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_TD, weight_TK, w1_ECFD, w2_EDF, routing, ctx.top_k, ctx.act, ctx.params, ctx.dtype, _ = inputs
-    _, h_PG = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(h_PG)
-    ctx.save_for_backward(x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, *routing)
-
-
-def _backward(ctx: Any, dout_TD: Tensor | None, _dh_PG: None) -> tuple[Any, ...]:
-    no_grad = ([None] * 4, *(None,) * 5)  # routing, and the arguments that are not tensors
-    if dout_TD is None:
-        return (*(None,) * 4, *no_grad)
-    x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, *tensors = ctx.saved_tensors
-    routing = Routing.of(tensors, ctx.top_k)
-    activation = Activation.of(ctx.act, w1_ECFD.shape[1] == 2, ctx.params)
-    needs = ctx.needs_input_grad[:4]
+@torch.library.custom_op("fastexperts::moe_mlp_backward", mutates_args=())
+def _moe_mlp_backward(
+    dout_TD: Tensor,
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    w1_ECFD: Tensor,
+    w2_EDF: Tensor,
+    kept: list[Tensor],
+    act: str,
+    params: list[float],
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx_TD, dweight_TK, dw1_ECFD, dw2_EDF), empty where not needed. kept: h_PG and the routing."""
+    backend.check_current(x_TD.device)
+    h_PG, *tensors = kept
+    routing = Routing.of(tensors, weight_TK.shape[1])
+    activation = Activation.of(act, w1_ECFD.shape[1] == 2, params)
     grads = backward(
-        dout_TD, x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, routing, activation, ctx.dtype, needs
+        dout_TD, x_TD, weight_TK, w1_ECFD, w2_EDF, h_PG, routing, activation, dtype, needs
     )  # fmt: skip
-    return (*grads, *no_grad)
+    dx_TD, dweight_TK, dw1_ECFD, dw2_EDF = (x_TD.new_empty(0) if grad is None else grad for grad in grads)
+    return dx_TD, dweight_TK, dw1_ECFD, dw2_EDF
+
+
+@_moe_mlp_backward.register_fake
+def _(
+    dout_TD: Tensor,
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    w1_ECFD: Tensor,
+    w2_EDF: Tensor,
+    kept: list[Tensor],
+    act: str,
+    params: list[float],
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_dx, need_dweight, need_dw1, need_dw2 = needs
+    return (
+        x_TD.new_empty(x_TD.shape if need_dx else 0),
+        weight_TK.new_empty(weight_TK.shape) if need_dweight else x_TD.new_empty(0),
+        torch.empty_like(w1_ECFD) if need_dw1 else x_TD.new_empty(0),
+        torch.empty_like(w2_EDF) if need_dw2 else x_TD.new_empty(0),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, _, weight_TK, w1_ECFD, w2_EDF, ctx.act, ctx.params, ctx.dtype, _ = inputs
+    _, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(x_TD, weight_TK, w1_ECFD, w2_EDF, *kept)
+
+
+def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if dout_TD is None:
+        return (None,) * 9
+    x_TD, weight_TK, w1_ECFD, w2_EDF, *kept = ctx.saved_tensors
+    need_dx, _, *need_others = ctx.needs_input_grad[:5]  # ids have none
+    needs = [need_dx, *need_others]
+    grads = _moe_mlp_backward(
+        dout_TD, x_TD, weight_TK, w1_ECFD, w2_EDF, kept, ctx.act, ctx.params, ctx.dtype, needs
+    )
+    dx_TD, *others = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return (dx_TD, None, *others, None, None, None, None)
+
+
+def _no_double_backward(ctx: object, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "fastexperts.moe_mlp: `create_graph` got True; it needs False, since there is no second derivative. "
+        "Use experts_implementation='eager' for double backward."
+    )
 
 
 _moe_mlp.register_autograd(_backward, setup_context=_save_for_backward)
+_moe_mlp_backward.register_autograd(_no_double_backward)

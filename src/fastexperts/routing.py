@@ -44,7 +44,7 @@ class Routing:
         if self.row_of_pair_P.shape != self.pair_of_row_P.shape or self.row_of_pair_P.dim() != 1:
             raise FastexpertsError(
                 f"Routing: `row_of_pair_P` {tuple(self.row_of_pair_P.shape)} and `pair_of_row_P` "
-                f"{tuple(self.pair_of_row_P.shape)} need one shape [P]. Take both from one ops.route call."
+                f"{tuple(self.pair_of_row_P.shape)} need one shape [P]. Take both from one call of `route`."
             )
         if self.top_k < 1 or self.row_of_pair_P.shape[0] % self.top_k:
             raise FastexpertsError(
@@ -60,7 +60,7 @@ class Routing:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensor fields in order, as they travel through the ops' schema."""
+        """The tensor fields in order, as they travel through an op's schema."""
         return [self.row_of_pair_P, self.pair_of_row_P, self.offsets_E1, self.schedule_S3]
 
 
@@ -69,10 +69,8 @@ def schedule_length(num_pairs: int, num_experts: int, block_m: int) -> int:
     return 1 + num_pairs // block_m + min(num_pairs, num_experts)
 
 
-def route_torch(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tensors of `Routing` in plain PyTorch, without host synchronisation; the kernels'
-    reference.
-    """
+def route_torch(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:
+    """`Routing` in plain PyTorch, without host synchronisation; the kernels' reference."""
     ids_P = ids_TK.reshape(-1).long()
     num_pairs, device = ids_P.numel(), ids_P.device
     bucket_P = torch.where((ids_P >= 0) & (ids_P < num_experts), ids_P, num_experts)
@@ -93,12 +91,8 @@ def route_torch(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor,
     first_S = offsets_E1[expert_S] + (tile_S - (end_E - tiles_E)[expert_S]) * block_m
     head_13 = torch.stack([end_E[-1], torch.full_like(end_E[-1], block_m), torch.zeros_like(end_E[-1])])[None]
     schedule_S3 = torch.cat([head_13, torch.stack([expert_S, first_S, offsets_E1[expert_S + 1]], dim=1)])
-    return (
-        row_of_pair_P.to(torch.int32),
-        pair_of_row_P.to(torch.int32),
-        offsets_E1.to(torch.int32),
-        schedule_S3.to(torch.int32),
-    )
+    tensors = (row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3)
+    return Routing.of([tensor.to(torch.int32) for tensor in tensors], ids_TK.shape[1])
 
 
 def check_ids(ids_TK: Tensor, num_experts: int) -> None:

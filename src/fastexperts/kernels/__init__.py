@@ -1,12 +1,14 @@
-"""The ops of ops.py as Triton kernels, one file per operation. Importing this package imports Triton.
+"""The primitives of backend.Backend as Triton kernels, one file per operation. Importing this package imports
+Triton.
 
 Kernel locals: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block; every pointer argument names its
 shape.
 """
 
 from fastexperts.kernels.combine import combine
-from fastexperts.kernels.grouped_dw import dw
+from fastexperts.kernels.grouped_dw import dw1, dw2
 from fastexperts.kernels.grouped_mm import dh, down, dx, up
 from fastexperts.kernels.routing import route
+from fastexperts.kernels.tiles import block_m
 
-__all__ = ["combine", "dh", "down", "dw", "dx", "route", "up"]
+__all__ = ["block_m", "combine", "dh", "down", "dw1", "dw2", "dx", "route", "up"]

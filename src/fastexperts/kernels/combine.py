@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastexperts.kernels.launch import Plan, planned
 from fastexperts.kernels.operands import accumulator
+from fastexperts.routing import Routing
 
 _BLOCK_D = 2048
 
@@ -83,39 +85,55 @@ def _sum_dweight(
     tl.store(p_out + o_p, total.to(p_out.dtype.element_ty), mask=m_p)
 
 
-def combine(
-    y_PD: Tensor, weight_TK: Tensor | None, row_of_pair_P: Tensor, top_k: int, dtype: torch.dtype
-) -> Tensor:
-    """Launch `_combine`; see ops.combine."""
-    num_tokens, dim_d = row_of_pair_P.shape[0] // top_k, y_PD.shape[1]
-    out_TD = y_PD.new_empty((num_tokens, dim_d), dtype=dtype)
+@planned
+def _combine_plan(y_PD: Tensor, weight_TK: Tensor | None, out_TD: Tensor, *, top_k: int) -> Plan:
+    dim_d = y_PD.shape[1]
+    block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
+    options = dict(TOP_K=top_k, WEIGHTED=weight_TK is not None, ACC=accumulator(y_PD.dtype), BLOCK_D=block)
+    return Plan(_combine, (None,) * 4, (dim_d,), options, blocks=triton.cdiv(dim_d, block))
+
+
+def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """See backend.Backend."""
+    num_tokens, top_k = len(routing.row_of_pair_P) // routing.top_k, routing.top_k
+    out_TD = y_PD.new_empty((num_tokens, y_PD.shape[1]), dtype=dtype)
     if out_TD.numel():
-        block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
-        _combine[(num_tokens, triton.cdiv(dim_d, block))](
-            y_PD, y_PD if weight_TK is None else weight_TK.contiguous(), row_of_pair_P, out_TD, dim_d,
-            TOP_K=top_k, WEIGHTED=weight_TK is not None, ACC=accumulator(y_PD.dtype), BLOCK_D=block,
-        )  # fmt: skip
+        weight_TK = None if weight_TK is None else weight_TK.contiguous()
+        plan = _combine_plan(y_PD, weight_TK, out_TD, top_k=top_k)
+        tensors = (y_PD, y_PD if weight_TK is None else weight_TK, routing.row_of_pair_P, out_TD)
+        plan((num_tokens, plan.blocks), tensors)
     return out_TD
 
 
-def gather(x_TD: Tensor, row_of_pair_P: Tensor, top_k: int) -> Tensor:
+@planned
+def _gather_plan(x_TD: Tensor, x_PD: Tensor, *, top_k: int) -> Plan:
+    dim_d = x_TD.shape[1]
+    block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
+    options = dict(TOP_K=top_k, BLOCK_D=block)
+    return Plan(_gather, (None,) * 3, (x_TD.stride(0), dim_d), options, blocks=triton.cdiv(dim_d, block))
+
+
+def gather(x_TD: Tensor, routing: Routing) -> Tensor:
     """x_PD[row] = x_TD[token of row], columns adjacent."""
     num_tokens, dim_d = x_TD.shape
-    x_PD = x_TD.new_empty((row_of_pair_P.shape[0], dim_d))
+    x_PD = x_TD.new_empty((len(routing.row_of_pair_P), dim_d))
     if x_PD.numel():
-        block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
-        _gather[(num_tokens, triton.cdiv(dim_d, block))](
-            x_TD, row_of_pair_P, x_PD, x_TD.stride(0), dim_d, TOP_K=top_k, BLOCK_D=block
-        )
+        plan = _gather_plan(x_TD, x_PD, top_k=routing.top_k)
+        plan((num_tokens, plan.blocks), (x_TD, routing.row_of_pair_P, x_PD))
     return x_PD
 
 
-def sum_dweight(partial_NP: Tensor, row_of_pair_P: Tensor, like_TK: Tensor) -> Tensor:
+@planned
+def _sum_plan(partial_NP: Tensor, dweight_TK: Tensor) -> Plan:
+    return Plan(_sum_dweight, (None,) * 3, (), dict(BLOCK=256))
+
+
+def sum_dweight(partial_NP: Tensor, routing: Routing, like_TK: Tensor) -> Tensor:
     """dweight_TK from the partial sums per block of columns, in the dtype of `like_TK`."""
     dweight_TK = torch.empty_like(like_TK, memory_format=torch.contiguous_format)
-    num_pairs = row_of_pair_P.shape[0]
+    num_blocks, num_pairs = partial_NP.shape
     if num_pairs:
-        _sum_dweight[(triton.cdiv(num_pairs, 256),)](
-            partial_NP, row_of_pair_P, dweight_TK, num_pairs, partial_NP.shape[0], BLOCK=256
-        )
+        plan = _sum_plan(partial_NP, dweight_TK)
+        grid = (triton.cdiv(num_pairs, plan.constants["BLOCK"]),)
+        plan(grid, (partial_NP, routing.row_of_pair_P, dweight_TK), num_pairs, num_blocks)
     return dweight_TK

@@ -13,14 +13,9 @@ from torch import Tensor
 from fastexperts.kernels import hopper_dw, tiles
 from fastexperts.kernels.combine import gather
 from fastexperts.kernels.epilogues import halves
-from fastexperts.kernels.operands import (
-    accumulator,
-    is_descriptor,
-    operand,
-    packed,
-    precision,
-    processors,
-)
+from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.operands import accumulator, operand, packed, precision, processors
+from fastexperts.routing import Routing
 
 
 @triton.jit
@@ -112,48 +107,73 @@ def _grouped_dw(
             tl.store(p_block, acc.to(out.dtype.element_ty), mask=m_block)
 
 
-def dw(
-    rows_M: Tensor,
-    rows_N: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    top_k: int,
-    like_ECMN: Tensor,
-    gather_m: bool,
-) -> Tensor:
+@planned
+def _plan(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor) -> Plan:
+    """Both operands hold rows."""
+    num_experts, parts, dim_m, dim_n = out_ECMN.shape
+    tile = tiles.tile(rows_M.device, rows_M.dtype, "dw")
+    a_view = operand(rows_M, [tile.k, tile.m], parts)
+    b_view = operand(rows_N, [tile.k, tile.n])
+    # the store goes through shared memory: fp32 gradients of bf16 operands in as many more slices
+    subtiles = tile.subtiles * max(1, out_ECMN.element_size() // rows_M.element_size())
+    out_view = operand(out_ECMN, [1, 1, tile.m, tile.n // subtiles])
+    return Plan(
+        _grouped_dw,
+        (a_view, b_view, out_view, None),
+        (rows_M.stride(0), rows_N.stride(0), *out_ECMN.stride(), num_experts, parts, dim_m, dim_n),
+        dict(
+            BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, SUBTILES=subtiles,
+            A_TMA=a_view is not None, B_TMA=b_view is not None, OUT_TMA=out_view is not None,
+            EVEN_M=dim_m % tile.m == 0, EVEN_N=dim_n % tile.n == 0,
+            ACC=accumulator(rows_M.dtype), PRECISION=precision(rows_M.dtype),
+        ),
+        blocks=num_experts * parts * triton.cdiv(dim_m, tile.m) * triton.cdiv(dim_n, tile.n),
+        most_programs=processors(rows_M.device) * tile.programs_per_sm,
+        warps=tile.warps,
+        stages=tile.stages,
+    )  # fmt: skip
+
+
+@planned
+def _gathering_plan(
+    rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, *, top_k: int, gather_m: bool
+) -> Plan | None:
+    """One operand holds tokens; None where no kernel takes that."""
+    if hopper_dw.serves(rows_M, rows_N, out_ECMN, gather_m=gather_m):
+        return hopper_dw.plan(rows_M, rows_N, out_ECMN, top_k, gather_m=gather_m)
+    return None
+
+
+def _dw(rows_M: Tensor, rows_N: Tensor, routing: Routing, like_ECMN: Tensor, gather_m: bool) -> Tensor:
     """out[e, c, m, n] = sum over rows of e of rows_M[row, c*M + m] * rows_N[row, n], with the dtype and
     strides of `like`.
 
-    rows_M (with `gather_m`: dw2) or rows_N (dw1) holds tokens.
+    rows_M (with `gather_m`) or rows_N (without) holds tokens.
     """
     out_ECMN = torch.empty_like(like_ECMN)
-    num_experts, parts, dim_m, dim_n = out_ECMN.shape
-    if out_ECMN.numel() == 0 or len(pair_of_row_P) == 0:
+    if out_ECMN.numel() == 0 or len(routing.pair_of_row_P) == 0:
         return out_ECMN.zero_()
     rows_M, rows_N = packed(rows_M), packed(rows_N)
-    if hopper_dw.serves(rows_M, rows_N, out_ECMN, gather_m=gather_m):
-        hopper_dw.launch(rows_M, rows_N, out_ECMN, pair_of_row_P, offsets_E1, top_k, gather_m=gather_m)
+    plan = _gathering_plan(rows_M, rows_N, out_ECMN, top_k=routing.top_k, gather_m=gather_m)
+    if plan:
+        maps = (routing.pair_of_row_P, routing.offsets_E1)
+        plan((plan.programs(),), (rows_M, rows_N, out_ECMN, *maps))
         return out_ECMN
     # a gather along the contraction costs these kernels more than a gather before it (docs/log.md)
     if gather_m:
-        rows_M = gather(rows_M, row_of_pair_P, top_k)
+        rows_M = gather(rows_M, routing)
     else:
-        rows_N = gather(rows_N, row_of_pair_P, top_k)
-    tile = tiles.tile(rows_M.device, rows_M.dtype, "dw")
-    a_op = operand(rows_M, [tile.k, tile.m], parts)
-    b_op = operand(rows_N, [tile.k, tile.n])
-    # the store goes through shared memory: fp32 gradients of bf16 operands in as many more slices
-    subtiles = tile.subtiles * max(1, out_ECMN.element_size() // rows_M.element_size())
-    out_op = operand(out_ECMN, [1, 1, tile.m, tile.n // subtiles])
-    num_tiles = num_experts * parts * triton.cdiv(dim_m, tile.m) * triton.cdiv(dim_n, tile.n)
-    programs = min(num_tiles, processors(rows_M.device) * tile.programs_per_sm or num_tiles)
-    _grouped_dw[(programs,)](
-        a_op, b_op, out_op, offsets_E1, rows_M.stride(0), rows_N.stride(0), *out_ECMN.stride(),
-        num_experts, parts, dim_m, dim_n, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group,
-        SUBTILES=subtiles, A_TMA=is_descriptor(a_op), B_TMA=is_descriptor(b_op),
-        OUT_TMA=is_descriptor(out_op), EVEN_M=dim_m % tile.m == 0, EVEN_N=dim_n % tile.n == 0,
-        ACC=accumulator(rows_M.dtype), PRECISION=precision(rows_M.dtype), num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
+        rows_N = gather(rows_N, routing)
+    plan = _plan(rows_M, rows_N, out_ECMN)
+    plan((plan.programs(),), (rows_M, rows_N, out_ECMN, routing.offsets_E1))
     return out_ECMN
+
+
+def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:
+    """See backend.Backend."""
+    return _dw(dh_PG, x_TD, routing, w1_ECFD, gather_m=False)
+
+
+def dw2(dout_TD: Tensor, wa_PF: Tensor, routing: Routing, w2_EDF: Tensor) -> Tensor:
+    """See backend.Backend."""
+    return _dw(dout_TD, wa_PF, routing, w2_EDF[:, None], gather_m=True).squeeze(1)

@@ -11,8 +11,6 @@ Legend: see moe.py; N output columns (of one part), K contraction (of one part),
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,15 +22,9 @@ from fastexperts.kernels import hopper_mm, tiles
 from fastexperts.kernels.activation import constants
 from fastexperts.kernels.combine import sum_dweight
 from fastexperts.kernels.epilogues import halves, store_act, store_dact, store_plain
-from fastexperts.kernels.operands import (
-    accumulator,
-    is_descriptor,
-    operand,
-    packed,
-    precision,
-    processors,
-)
-from fastexperts.routing import schedule_length
+from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.operands import accumulator, operand, packed, precision, processors
+from fastexperts.routing import Routing, schedule_length
 
 
 @triton.jit
@@ -75,12 +67,12 @@ def _grouped_mm(
     p_pair_of_row,  # [P]
     p_schedule,  # [S, 3]
     stride_a, stride_we, stride_wc, stride_wn, stride_wk, N, K, num_rows,
-    TOP_K: tl.constexpr, GATHER: tl.constexpr, PARTS_K: tl.constexpr, KN: tl.constexpr,
-    EPILOGUE: tl.constexpr, STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, KN: tl.constexpr, EPILOGUE: tl.constexpr,
+    STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr,
     FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
-    SUBTILES: tl.constexpr, A_TMA: tl.constexpr, W_TMA: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr, SUBTILES: tl.constexpr, A_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent: each program owns every programs-th output block [BM rows of one expert,
     BN].
@@ -153,119 +145,112 @@ def _grouped_mm(
                 tl.store(p_dweight + i_n.to(tl.int64) * num_rows + o_m, dweight, mask=m_m)
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What an accumulator becomes, and the tensors that takes. One with 0 rows is not asked for."""
-
-    kind: str  # "act": out = act(h), h written; "dact": out = weight * act(h), dh and partial written
-    activation: Activation
-    h_PG: Tensor
-    dh_PG: Tensor
-    weight_TK: Tensor
-    partial_NP: Tensor
-    pair_of_row_P: Tensor
-
-    @property
-    def stores_h(self) -> bool:
-        return len(self.h_PG if self.kind == "act" else self.dh_PG) > 0
-
-
-def _launch(
-    name: str,
+@planned
+def _plan(
     a: Tensor,
-    w_EC__: Tensor,
-    out_PN: Tensor,
-    schedule_S3: Tensor,
+    w: Tensor,
+    out_PN: Tensor | None,
+    h_PG: Tensor | None,
+    dh_PG: Tensor | None,
+    weight_TK: Tensor | None,
+    partial_NP: Tensor | None,
     *,
-    kn: bool,
-    gather: tuple[Tensor, int] | None = None,
-    epilogue: Epilogue | None = None,
-) -> None:
-    """Launch pass `name` of the table above: descriptors where possible, the tile of tiles.py.
-
-    w_EC__: (E, C, N, K), or (E, C, K, N) with `kn`. gather: (pair_of_row_P, top_k), if `a` holds tokens. An
-    `out_PN` with 0 rows is not asked for.
+    name: str,
+    top_k: int,
+    activation: Activation | None,
+) -> Plan:
+    """Pass `name` of the table above: descriptors where possible, the tile of tiles.py. None is not asked
+    for.
     """
-    tile = tiles.tile(a.device, a.dtype, name)
-    rows = len(gather[0]) if gather else len(a)
+    kn, gather = name in ("dh", "dx"), name in ("up", "dh")
+    w_EC__ = w if w.dim() == 4 else w[:, None]
     if kn and w_EC__.stride(1) == w_EC__.shape[2] * w_EC__.stride(2):
         # parts that follow each other are one longer contraction: no division in the inner loop
         w_EC__ = w_EC__.flatten(1, 2)[:, None]
     _, parts, *dims = w_EC__.shape
     dim_k, dim_n = dims if kn else dims[::-1]
     parts_k = parts if kn else 1
-    if rows == 0 or dim_n == 0:
-        return
-    if len(schedule_S3) != schedule_length(rows, len(w_EC__), tile.m):
-        raise FastexpertsError(
-            f"fastexperts: `schedule` of {len(schedule_S3)} tiles got tiles of {tile.m} rows; it needs those "
-            "of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its backward."
-        )
-    a = packed(a)
-    if hopper_mm.serves(a, w_EC__, out_PN, kn=kn, gather=gather is not None, epilogue=epilogue):
-        hopper_mm.launch(name, a, w_EC__, out_PN, schedule_S3, kn=kn, gather=gather, epilogue=epilogue)
-        return
-    a_op = a if gather else operand(a, [tile.m, tile.k], parts_k)
-    w_op = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, parts, tile.n, tile.k])
+    options = dict(
+        TOP_K=top_k, GATHER=gather, KN=kn, EPILOGUE={"up": "act", "dh": "dact"}.get(name, "none"),
+        STORE_H=(h_PG if name == "up" else dh_PG) is not None, STORE_OUT=out_PN is not None,
+        STORE_DWEIGHT=partial_NP is not None, **constants(activation),
+    )  # fmt: skip
+    if hopper_mm.serves(a, w_EC__, out_PN, h_PG, dh_PG, kn=kn, gather=gather):
+        return hopper_mm.plan(name, a, w_EC__, out_PN, h_PG, dh_PG, dim_k, dim_n, options)
+    tile = tiles.tile(a.device, a.dtype, name)
+    a_view = None if gather else operand(a, [tile.m, tile.k], parts_k)
+    w_view = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, parts, tile.n, tile.k])
     stride_e, stride_c, *inner = w_EC__.stride()
     stride_k, stride_n = inner if kn else inner[::-1]
-    num_tiles = (len(schedule_S3) - 1) * triton.cdiv(dim_n, tile.n)
-    programs = min(num_tiles, processors(a.device) * tile.programs_per_sm or num_tiles)
-    pair_of_row_P, top_k = gather or (epilogue.pair_of_row_P if epilogue else None, 1)
-    tensors = (
-        (epilogue.h_PG, epilogue.dh_PG, epilogue.weight_TK, epilogue.partial_NP) if epilogue else (None,) * 4
-    )
-    _grouped_mm[(programs,)](
-        a_op, w_op, out_PN, *tensors, pair_of_row_P, schedule_S3,
-        a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k, rows,
-        TOP_K=top_k, GATHER=gather is not None, PARTS_K=parts_k, KN=kn,
-        EPILOGUE=epilogue.kind if epilogue else "none", STORE_OUT=len(out_PN) > 0,
-        STORE_H=epilogue is not None and epilogue.stores_h,
-        STORE_DWEIGHT=epilogue is not None and len(epilogue.partial_NP) > 0,
-        **constants(epilogue.activation if epilogue else None),
-        BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten, SUBTILES=tile.subtiles,
-        A_TMA=is_descriptor(a_op), W_TMA=is_descriptor(w_op), EVEN_K=dim_k % tile.k == 0,
-        EVEN_N=dim_n % tile.n == 0, ACC=accumulator(a.dtype), PRECISION=precision(a.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+    return Plan(
+        _grouped_mm,
+        (a_view, w_view, *(None,) * 7),
+        (a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k),
+        dict(
+            options, PARTS_K=parts_k, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten,
+            SUBTILES=tile.subtiles, A_TMA=a_view is not None, W_TMA=w_view is not None,
+            EVEN_K=dim_k % tile.k == 0, EVEN_N=dim_n % tile.n == 0,
+            ACC=accumulator(a.dtype), PRECISION=precision(a.dtype),
+        ),
+        blocks=triton.cdiv(dim_n, tile.n),
+        most_programs=processors(a.device) * tile.programs_per_sm,
+        warps=tile.warps,
+        stages=tile.stages,
     )  # fmt: skip
+
+
+def _launch(
+    name: str,
+    a: Tensor,
+    w: Tensor,
+    out_PN: Tensor | None,
+    routing: Routing,
+    *,
+    activation: Activation | None = None,
+    h_PG: Tensor | None = None,
+    dh_PG: Tensor | None = None,
+    weight_TK: Tensor | None = None,
+    partial_NP: Tensor | None = None,
+) -> None:
+    """Launch pass `name`. w: (E, C, F, D) or (E, D, F) as stored. None: not asked for."""
+    pair_of_row_P, schedule_S3 = routing.pair_of_row_P, routing.schedule_S3
+    rows = len(pair_of_row_P)
+    if rows == 0:
+        return
+    block_m = tiles.tile(a.device, a.dtype, name).m
+    if len(schedule_S3) != schedule_length(rows, len(w), block_m):
+        raise FastexpertsError(
+            f"fastexperts: `schedule` of {len(schedule_S3)} tiles got tiles of {block_m} rows; it needs "
+            "those of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its "
+            "backward."
+        )
+    operands = (packed(a), w, out_PN, h_PG, dh_PG, weight_TK, partial_NP)
+    plan = _plan(*operands, name=name, top_k=routing.top_k, activation=activation)
+    tensors = tuple(schedule_S3 if t is None else t for t in operands)  # a stand-in for what is not asked for
+    plan((plan.programs(len(schedule_S3) - 1),), (*tensors, pair_of_row_P, schedule_S3), rows)
 
 
 def up(
-    x_TD: Tensor,
-    w1_ECFD: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    schedule_S3: Tensor,
-    top_k: int,
-    act: str,
-    params: list[float],
-    keep_h: bool,
+    x_TD: Tensor, w1_ECFD: Tensor, routing: Routing, activation: Activation, keep_h: bool
 ) -> tuple[Tensor, Tensor]:
-    """See ops.up."""
-    rows, (_, parts, dim_f, _) = pair_of_row_P.shape[0], w1_ECFD.shape
+    """See backend.Backend."""
+    rows, (_, parts, dim_f, _) = len(routing.pair_of_row_P), w1_ECFD.shape
     h_PG, a_PF = x_TD.new_empty((rows if keep_h else 0, parts * dim_f)), x_TD.new_empty((rows, dim_f))
-    nothing = x_TD.new_empty(0)
-    epilogue = Epilogue(
-        "act", Activation.of(act, parts == 2, params), h_PG, nothing, nothing, nothing, pair_of_row_P
-    )
-    _launch(
-        "up", x_TD, w1_ECFD, a_PF, schedule_S3,
-        kn=False, gather=(pair_of_row_P, top_k), epilogue=epilogue,
-    )  # fmt: skip
+    _launch("up", x_TD, w1_ECFD, a_PF, routing, activation=activation, h_PG=h_PG if keep_h else None)
     return h_PG, a_PF
 
 
-def down(a_PF: Tensor, w2_EDF: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
-    """See ops.down."""
-    y_PD = a_PF.new_empty((a_PF.shape[0], w2_EDF.shape[1]))
-    _launch("down", a_PF, w2_EDF[:, None], y_PD, schedule_S3, kn=False)
+def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing) -> Tensor:
+    """See backend.Backend."""
+    y_PD = a_PF.new_empty((len(a_PF), w2_EDF.shape[1]))
+    _launch("down", a_PF, w2_EDF, y_PD, routing)
     return y_PD
 
 
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, offsets_E1: Tensor, schedule_S3: Tensor) -> Tensor:
-    """See ops.dx."""
-    dx_PD = dh_PG.new_empty((dh_PG.shape[0], w1_ECFD.shape[3]))
-    _launch("dx", dh_PG, w1_ECFD, dx_PD, schedule_S3, kn=True)
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing) -> Tensor:
+    """See backend.Backend."""
+    dx_PD = dh_PG.new_empty((len(dh_PG), w1_ECFD.shape[3]))
+    _launch("dx", dh_PG, w1_ECFD, dx_PD, routing)
     return dx_PD
 
 
@@ -274,28 +259,23 @@ def dh(
     w2_EDF: Tensor,
     h_PG: Tensor,
     weight_TK: Tensor,
-    row_of_pair_P: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    schedule_S3: Tensor,
-    act: str,
-    params: list[float],
+    routing: Routing,
+    activation: Activation,
     need_dh: bool,
     need_wa: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See ops.dh."""
+    """See backend.Backend."""
     (rows, dim_g), dim_f = h_PG.shape, w2_EDF.shape[2]
-    activation = Activation.of(act, dim_g == 2 * dim_f, params)
     wa_PF = h_PG.new_empty((rows if need_wa else 0, dim_f))
     dh_PG = h_PG.new_empty((rows if need_dh else 0, dim_g))
     # the ring's blocks are as wide as the table's: tiles.RINGS
     blocks = triton.cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
     partial_NP = h_PG.new_empty((blocks if need_dweight else 0, rows), dtype=sum_dtype(h_PG.dtype))
-    epilogue = Epilogue("dact", activation, h_PG, dh_PG, weight_TK.contiguous(), partial_NP, pair_of_row_P)
     _launch(
-        "dh", dout_TD, w2_EDF[:, None], wa_PF, schedule_S3,
-        kn=True, gather=(pair_of_row_P, weight_TK.shape[1]), epilogue=epilogue,
+        "dh", dout_TD, w2_EDF, wa_PF if need_wa else None, routing, activation=activation, h_PG=h_PG,
+        dh_PG=dh_PG if need_dh else None, weight_TK=weight_TK.contiguous(),
+        partial_NP=partial_NP if need_dweight else None,
     )  # fmt: skip
-    dweight_TK = sum_dweight(partial_NP, row_of_pair_P, weight_TK) if need_dweight else weight_TK[:0].clone()
+    dweight_TK = sum_dweight(partial_NP, routing, weight_TK) if need_dweight else weight_TK[:0].clone()
     return dh_PG, wa_PF, dweight_TK

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fastexperts.kernels import tiles
+from fastexperts.kernels.launch import Plan
 from fastexperts.kernels.operands import describable, processors
 from fastexperts.kernels.ring import (
     BLOCK_K,
@@ -33,7 +34,7 @@ from fastexperts.kernels.ring import (
     barriers,
     before,
     columns,
-    descriptor,
+    described,
     gatherable,
     put,
     ragged,
@@ -185,33 +186,33 @@ def _hopper_dw(
 
 
 def serves(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, *, gather_m: bool) -> bool:
-    """Whether `launch` takes these operands; the gradient may be fp32."""
+    """Whether `plan` takes these operands; the gradient may be fp32."""
     stored = out_ECMN.element_size() <= 4 and describable(out_ECMN)
     return stored and gatherable(rows_M if gather_m else rows_N) and available(rows_M, rows_N)
 
 
-def launch(
-    rows_M: Tensor,
-    rows_N: Tensor,
-    out_ECMN: Tensor,
-    pair_of_row_P: Tensor,
-    offsets_E1: Tensor,
-    top_k: int,
-    *,
-    gather_m: bool,
-) -> None:
-    """As grouped_dw.dw."""
+def plan(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, top_k: int, *, gather_m: bool) -> Plan:
+    """As grouped_dw._plan."""
     ring = tiles.RINGS["dw2" if gather_m else "dw1"]
     experts, parts, dim_m, dim_n = out_ECMN.shape
     half, width = BLOCK_M // CONSUMERS.value, 128 // out_ECMN.element_size()
-    blocks = experts * parts * triton.cdiv(dim_m, BLOCK_M) * triton.cdiv(dim_n, BLOCK_N)
-    _hopper_dw[(min(blocks, processors(rows_M.device)),)](
-        rows_M if gather_m else ragged(rows_M, [BLOCK_K, half]),
-        ragged(rows_N, [BLOCK_K, BLOCK_N]) if gather_m else rows_N,
-        descriptor(out_ECMN, [1, 1, half, width]), pair_of_row_P, offsets_E1,
-        (rows_M if gather_m else rows_N).stride(0), experts, parts, dim_m, dim_n,
-        TOP_K=top_k, GATHER_A=gather_m, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
-        STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
-        DTYPE=gl.bfloat16 if rows_M.dtype == torch.bfloat16 else gl.float16, LAYOUT=swizzled(2),
-        OUT_LAYOUT=swizzled(2, 8 * out_ECMN.element_size()), num_warps=CONSUMER_WARPS,
+    return Plan(
+        _hopper_dw,
+        (
+            None if gather_m else ragged(rows_M, [BLOCK_K, half]),
+            ragged(rows_N, [BLOCK_K, BLOCK_N]) if gather_m else None,
+            described(out_ECMN, [1, 1, half, width]),
+            None,
+            None,
+        ),
+        ((rows_M if gather_m else rows_N).stride(0), experts, parts, dim_m, dim_n),
+        dict(
+            TOP_K=top_k, GATHER_A=gather_m, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
+            STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
+            DTYPE=gl.bfloat16 if rows_M.dtype == torch.bfloat16 else gl.float16, LAYOUT=swizzled(2),
+            OUT_LAYOUT=swizzled(2, 8 * out_ECMN.element_size()),
+        ),
+        blocks=experts * parts * triton.cdiv(dim_m, BLOCK_M) * triton.cdiv(dim_n, BLOCK_N),
+        most_programs=processors(rows_M.device),
+        warps=CONSUMER_WARPS,
     )  # fmt: skip

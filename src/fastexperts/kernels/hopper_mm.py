@@ -5,8 +5,10 @@ Legend: see moe.py and ring.py; M, N, K here are the dims of a product.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fastexperts.kernels import tiles
-from fastexperts.kernels.activation import act_forward, act_vjp, constants
+from fastexperts.kernels.activation import act_forward, act_vjp
+from fastexperts.kernels.launch import Described, Plan
 from fastexperts.kernels.operands import processors
 from fastexperts.kernels.ring import (
     BLOCK_K,
@@ -36,7 +39,7 @@ from fastexperts.kernels.ring import (
     barriers,
     before,
     columns,
-    descriptor,
+    described,
     gatherable,
     put,
     ragged,
@@ -44,9 +47,6 @@ from fastexperts.kernels.ring import (
     swizzle,
     swizzled,
 )
-
-if TYPE_CHECKING:
-    from fastexperts.kernels.grouped_mm import Epilogue
 
 H_SLOTS = gl.constexpr(2)  # slots of h, SLICE columns of both parts each
 FAST = gl.constexpr(True)
@@ -251,14 +251,14 @@ def _hopper_mm(
     p_pair_of_row,  # [P]
     p_schedule,  # [S, 3]
     stride_a, N, K, num_rows,
-    TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr,
-    EPILOGUE: gl.constexpr, STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr,
+    TOP_K: gl.constexpr, GATHER: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
+    STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr,
     FN: gl.constexpr, GATED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, EVEN_K: gl.constexpr, LAYOUT: gl.constexpr,
+    PARTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, EVEN_K: gl.constexpr,
+    LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent; see grouped_mm._grouped_mm for what a block is."""
-    DTYPE: gl.constexpr = w.dtype
     FILLS: gl.constexpr = 129 if GATHER else 1  # the producer's threads, and the copy engine's bytes
     W_SHAPE: gl.constexpr = [STAGES, BK, BN] if KN else [STAGES, BN, BK]
     a_s = gl.allocate_shared_memory(DTYPE, [STAGES, BM, BK], LAYOUT)
@@ -289,58 +289,60 @@ def _hopper_mm(
 
 
 def serves(
-    a: Tensor, w_EC__: Tensor, out_PN: Tensor, *, kn: bool, gather: bool, epilogue: Epilogue | None
+    a: Tensor,
+    w_EC__: Tensor,
+    out_PN: Tensor | None,
+    h_PG: Tensor | None,
+    dh_PG: Tensor | None,
+    *,
+    kn: bool,
+    gather: bool,
 ) -> bool:
-    """Whether `launch` takes these operands; with `kn`, parts must follow each other."""
-    tensors = [a, w_EC__, out_PN]
-    if epilogue:
-        dim_n = w_EC__.shape[3 if kn else 2]
-        tensors += [
-            h_PG.unflatten(1, (-1, dim_n)) for h_PG in (epilogue.h_PG, epilogue.dh_PG) if h_PG.numel()
-        ]
+    """Whether `plan` takes these operands; with `kn`, parts must follow each other."""
+    dim_n = w_EC__.shape[3 if kn else 2]
+    split = [t.unflatten(1, (-1, dim_n)) for t in (h_PG, dh_PG) if t is not None]
+    tensors = [a, w_EC__, *split, *([] if out_PN is None else [out_PN])]
     return (not kn or w_EC__.shape[1] == 1) and (not gather or gatherable(a)) and available(*tensors)
 
 
-def launch(
+def plan(
     name: str,
     a: Tensor,
     w_EC__: Tensor,
-    out_PN: Tensor,
-    schedule_S3: Tensor,
-    *,
-    kn: bool,
-    gather: tuple[Tensor, int] | None,
-    epilogue: Epilogue | None,
-) -> None:
-    """As grouped_mm._launch."""
+    out_PN: Tensor | None,
+    h_PG: Tensor | None,
+    dh_PG: Tensor | None,
+    dim_k: int,
+    dim_n: int,
+    options: dict[str, Any],
+) -> Plan:
+    """As grouped_mm._plan, whose `options` it takes over."""
     ring = tiles.RINGS[name]
-    _, parts, *dims = w_EC__.shape
-    dim_k, dim_n = dims if kn else dims[::-1]
-    num_rows = len(gather[0]) if gather else len(a)
+    parts = w_EC__.shape[1]
+    kn, gather = options["KN"], options["GATHER"]
     half, box = BLOCK_M // CONSUMERS.value, SLICE.value
-    blocks = (len(schedule_S3) - 1) * triton.cdiv(dim_n, BLOCK_N // (1 if kn else parts))
-    programs = min(blocks, processors(a.device))
-    pair_of_row_P, top_k = gather or (schedule_S3, 1)
-    p_weight = p_dweight = schedule_S3  # stand-ins, here and below, for what is not asked for
-    h = dh = out = ragged(out_PN, [half, box]) if len(out_PN) else None
-    stores_h = stores_dweight = False
-    if epilogue:
-        stores_h, stores_dweight = epilogue.stores_h, len(epilogue.partial_NP) > 0
-        if epilogue.kind == "act" and stores_h:
-            h = ragged(epilogue.h_PG.unflatten(1, (-1, dim_n)), [half, 1, box])
-        elif epilogue.kind == "dact":
-            h = descriptor(epilogue.h_PG.unflatten(1, (-1, dim_n)), [BLOCK_M, 1, box])
-            out = out or h
-            dh = ragged(epilogue.dh_PG.unflatten(1, (-1, dim_n)), [half, 1, box]) if stores_h else h
-            p_weight, p_dweight = epilogue.weight_TK, epilogue.partial_NP
-    _hopper_mm[(programs,)](
-        a if gather else descriptor(a, [BLOCK_M, BLOCK_K]),
-        descriptor(w_EC__, [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]),
-        out, h, dh, p_weight, p_dweight, pair_of_row_P, schedule_S3, a.stride(0), dim_n, dim_k, num_rows,
-        TOP_K=top_k, GATHER=gather is not None, PARTS=1 if kn else parts, KN=kn,
-        EPILOGUE=epilogue.kind if epilogue else "none", STORE_H=stores_h, STORE_OUT=len(out_PN) > 0,
-        STORE_DWEIGHT=stores_dweight, **constants(epilogue.activation if epilogue else None),
-        BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group, STAGES=ring.stages, BUFFERS=ring.buffers,
-        PRODUCER_REGISTERS=ring.producer_registers, EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2),
-        num_warps=CONSUMER_WARPS,
+
+    def split(tensor: Tensor | None, how: Callable[..., Described], rows: int) -> Described | None:
+        return None if tensor is None else how(tensor.unflatten(1, (-1, dim_n)), [rows, 1, box])
+
+    return Plan(
+        _hopper_mm,
+        (
+            None if gather else described(a, [BLOCK_M, BLOCK_K]),
+            described(w_EC__, [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]),
+            None if out_PN is None else ragged(out_PN, [half, box]),
+            split(h_PG, described, BLOCK_M) if name == "dh" else split(h_PG, ragged, half),
+            split(dh_PG, ragged, half),
+            *(None,) * 4,
+        ),
+        (a.stride(0), dim_n, dim_k),
+        dict(
+            options, PARTS=1 if kn else parts, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
+            STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
+            EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2),
+            DTYPE=gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16,
+        ),
+        blocks=triton.cdiv(dim_n, BLOCK_N // (1 if kn else parts)),
+        most_programs=processors(a.device),
+        warps=CONSUMER_WARPS,
     )  # fmt: skip

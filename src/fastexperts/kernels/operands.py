@@ -5,7 +5,6 @@ pointer.
 from __future__ import annotations
 
 import functools
-import threading
 
 import torch
 import triton
@@ -13,34 +12,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastexperts import settings
-
-_thread = threading.local()
-
-
-def enter_context(device: torch.device) -> None:
-    """Make the CUDA context current in this thread, once. Triton encodes descriptors through the driver,
-    which finds none in autograd's threads before their first launch ("invalid device context").
-    """
-    if device.type == "cuda" and not hasattr(_thread, "entered"):
-        torch.empty(1, device=device).zero_()
-        _thread.entered = True
+from fastexperts.kernels.launch import Described
 
 
-def operand(tensor: Tensor, block: list[int], parts: int = 1) -> TensorDescriptor | Tensor:
-    """`tensor` as a descriptor of `block`, or itself.
+def operand(tensor: Tensor, block: list[int], parts: int = 1) -> Described | None:
+    """How tensors laid out like this one reach a kernel: as descriptors of `block`, or (None) as pointers.
 
     Descriptors need 16-byte bases and strides, the last one 1, and blocks that start on 16 bytes: with
     `parts` side by side in the last dimension, each part too.
     """
     aligned_parts = tensor.shape[-1] // parts * tensor.element_size() % 16 == 0 or parts == 1
     if settings.allow_tma() and has_tma(tensor.device) and describable(tensor) and aligned_parts:
-        enter_context(tensor.device)
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
-    return tensor
-
-
-def is_descriptor(value: TensorDescriptor | Tensor) -> bool:
-    return isinstance(value, TensorDescriptor)
+        return Described(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block))
+    return None
 
 
 def describable(tensor: Tensor) -> bool:
@@ -57,7 +41,7 @@ def describable(tensor: Tensor) -> bool:
 
 def packed(rows: Tensor) -> Tensor:
     """`rows`, or a contiguous copy where the copy engine or 16-byte copies would not take them."""
-    return rows if describable(rows) else rows.contiguous()
+    return rows if rows.is_contiguous() or describable(rows) else rows.contiguous()
 
 
 @functools.cache

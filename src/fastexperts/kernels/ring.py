@@ -25,14 +25,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fastexperts import settings
-from fastexperts.kernels.operands import describable, enter_context
+from fastexperts.kernels.launch import FAR, Described
+from fastexperts.kernels.operands import describable
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_WARPS = 4
 REGISTERS = gl.constexpr(504)  # a thread of each of the three warp groups, together
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 SLICE = gl.constexpr(64)  # columns of an epilogue's step: 128 bytes of bf16, the swizzle's width
-END = gl.constexpr(1 << 30)  # bound of a ragged descriptor's rows
+END = gl.constexpr(FAR)  # bound of a ragged descriptor's rows
 
 
 def available(*tensors: Tensor) -> bool:
@@ -66,23 +67,22 @@ def swizzled(rank: int, bits: int = 16) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
 
 
-def descriptor(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
-    enter_context(tensor.device)
+def described(tensor: Tensor, block: Sequence[int]) -> Described:
     layout = swizzled(len(block), 8 * tensor.element_size())
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+    return Described(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout))
 
 
-def ragged(tensor: Tensor, block: Sequence[int]) -> TensorDescriptor:
-    """A descriptor whose rows end where the coordinates of `rows` say. `block` leads with its rows."""
-    enter_context(tensor.device)
+def ragged(tensor: Tensor, block: Sequence[int]) -> Described:
+    """Descriptors whose rows end where the coordinates of `rows` say. `block` leads with its rows."""
     far, stride = 0x7FFF0000, tensor.stride(0)
-    return TensorDescriptor(
+    descriptor = TensorDescriptor(
         tensor,
         [far, far, END.value, *tensor.shape[1:]],
         [2**34 - stride, stride, *tensor.stride()],
         [1, 1, *block],
         swizzled(2 + len(block), 8 * tensor.element_size()),
     )
+    return Described(descriptor, ragged=True)
 
 
 @gluon.jit

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastexperts.routing import schedule_length
+from fastexperts.kernels.launch import Plan, planned
+from fastexperts.routing import Routing, schedule_length
 
 BLOCK = 64  # pairs per program: ranks inside a block cost BLOCK^2 comparisons, and their registers occupancy
 
@@ -21,7 +22,7 @@ def _count(
     p_ids,  # [P] expert ids
     p_count,  # [B, E] out: pairs of the block per expert
     num_pairs,
-    num_experts,
+    num_experts: tl.constexpr,
     BLOCK: tl.constexpr,
     E2: tl.constexpr,
 ):
@@ -40,7 +41,7 @@ def _scan(
     p_count,  # [B, E] in: counts; out: pairs of the expert in earlier blocks
     p_total,  # [E] out
     num_blocks,
-    num_experts,
+    num_experts: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Grid (E,): one program scans one expert's counts over the blocks."""
@@ -65,8 +66,8 @@ def _place(
     p_offsets,  # [E + 1] out
     p_schedule,  # [S, 3] out
     num_pairs,
-    num_experts,
     num_tiles,
+    num_experts: tl.constexpr,
     BLOCK: tl.constexpr,
     E2: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -114,10 +115,22 @@ def _place(
         tl.store(p_tile + 2, rows_end)
 
 
-def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the three; see ops.route."""
+@planned
+def _plans(ids_P: Tensor, *, num_experts: int, block_m: int) -> tuple[Plan, Plan, Plan]:
+    """Of `_count`, `_scan` and `_place`."""
+    padded = max(16, triton.next_power_of_2(num_experts))
+    count = Plan(_count, (None,) * 2, (), dict(num_experts=num_experts, BLOCK=BLOCK, E2=padded))
+    scan = Plan(_scan, (None,) * 2, (), dict(num_experts=num_experts, CHUNK=1024))
+    place = Plan(
+        _place, (None,) * 7, (), dict(num_experts=num_experts, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m)
+    )
+    return count, scan, place
+
+
+def route(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:
+    """See backend.Backend."""
     ids_P = ids_TK.reshape(-1)
-    num_pairs = ids_P.numel()
+    num_pairs, top_k = ids_P.numel(), ids_TK.shape[1]
     num_blocks = triton.cdiv(num_pairs, BLOCK)
     length = schedule_length(num_pairs, num_experts, block_m)
 
@@ -125,19 +138,13 @@ def route(ids_TK: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tenso
         return torch.empty(shape, dtype=torch.int32, device=ids_TK.device)
 
     if num_pairs == 0:
-        empty = new(0)
         schedule_S3 = new(1, 3).zero_()
         schedule_S3[0, 1] = block_m
-        return empty, empty.clone(), new(num_experts + 1).zero_(), schedule_S3
-    count_BE = new(num_blocks, num_experts)
-    total_E = new(num_experts)
-    row_of_pair_P, pair_of_row_P = new(num_pairs), new(num_pairs)
-    offsets_E1, schedule_S3 = new(num_experts + 1), new(length, 3)
-    padded = max(16, triton.next_power_of_2(num_experts))
-    _count[(num_blocks,)](ids_P, count_BE, num_pairs, num_experts, BLOCK=BLOCK, E2=padded)
-    _scan[(num_experts,)](count_BE, total_E, num_blocks, num_experts, CHUNK=1024)
-    _place[(num_blocks,)](
-        ids_P, count_BE, total_E, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3,
-        num_pairs, num_experts, length - 1, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m, num_warps=4,
-    )  # fmt: skip
-    return row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
+        return Routing(new(0), new(0), new(num_experts + 1).zero_(), schedule_S3, top_k)
+    count_BE, total_E = new(num_blocks, num_experts), new(num_experts)
+    routing = Routing(new(num_pairs), new(num_pairs), new(num_experts + 1), new(length, 3), top_k)
+    count, scan, place = _plans(ids_P, num_experts=num_experts, block_m=block_m)
+    count((num_blocks,), (ids_P, count_BE), num_pairs)
+    scan((num_experts,), (count_BE, total_E), num_blocks)
+    place((num_blocks,), (ids_P, count_BE, total_E, *routing.tensors), num_pairs, length - 1)
+    return routing

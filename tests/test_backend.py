@@ -1,4 +1,6 @@
-"""The ops as PyTorch sees them: schema, fake shapes, autograd registration; and backends agree op by op."""
+"""The layer as PyTorch sees it: schema, fake shapes, autograd registration; and backends agree primitive by
+primitive.
+"""
 
 import pytest
 import torch
@@ -6,76 +8,80 @@ from spies import use_interpreter
 from support import Case, build
 
 import fastexperts
-from fastexperts import FastexpertsError, cpu, kernels, ops
-from fastexperts.moe import _moe_mlp
+from fastexperts import FastexpertsError, backend, cpu, kernels, moe
+from fastexperts.backend import Backend
 
 CASE = Case(tokens=9, dims=(32, 16), routing="sentinels")
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 def arguments(case=CASE):
-    """{op: its positional arguments}, tensors as a forward and a backward of `case` pass them."""
+    """(live rows, {primitive: its arguments}), tensors as a forward and a backward of `case` pass them."""
     inputs = build(case)
     x, weight, dout = inputs.x, inputs.weight, inputs.dout
+    ops = backend.load(x.device)
     block_m = ops.block_m(x.device, x.dtype)
-    row_of_pair, pair_of_row, offsets, schedule = routing = ops.route(inputs.ids, case.experts, block_m)
+    routing = ops.route(inputs.ids, case.experts, block_m)
     w1 = inputs.w1.unflatten(1, (case.act.parts, -1))
-    act = (case.act.fn, case.act.params)
-    maps = (row_of_pair, pair_of_row, offsets, case.k)
-    rows = slice(0, int(offsets[-1]))
-    h, a = ops.up(x, w1, pair_of_row, offsets, schedule, case.k, *act, True)
-    dh, wa, _ = ops.dh(dout, inputs.w2, h, weight, *routing, *act, True, True, True)
-    y = ops.down(a, inputs.w2, offsets, schedule)
+    rows = slice(0, int(routing.offsets_E1[-1]))
+    h, a = ops.up(x, w1, routing, case.act, True)
+    dh, wa, _ = ops.dh(dout, inputs.w2, h, weight, routing, case.act, True, True, True)
+    y = ops.down(a, inputs.w2, routing)
     return rows, {
+        "block_m": (x.device, x.dtype),
         "route": (inputs.ids, case.experts, block_m),
-        "up": (x, w1, pair_of_row, offsets, schedule, case.k, *act, True),
-        "down": (a, inputs.w2, offsets, schedule),
-        "combine": (y, weight, row_of_pair, case.k, x.dtype),
-        "dh": (dout, inputs.w2, h, weight, *routing, *act, True, True, True),
-        "dx": (dh, w1, offsets, schedule),
-        "dw1": (dh, x, *maps, w1),
-        "dw2": (dout, wa, *maps, inputs.w2),
+        "up": (x, w1, routing, case.act, True),
+        "down": (a, inputs.w2, routing),
+        "combine": (y, weight, routing, x.dtype),
+        "dh": (dout, inputs.w2, h, weight, routing, case.act, True, True, True),
+        "dx": (dh, w1, routing),
+        "dw1": (dh, x, routing, w1),
+        "dw2": (dout, wa, routing, inputs.w2),
     }
 
 
-def test_all_lists_every_op():
-    assert [op._name for op in ops.ALL] == list(arguments()[1])
+def test_backends_have_every_primitive_and_no_other():
+    primitives = {name for name in vars(Backend) if not name.startswith("_")}
+    assert primitives == set(kernels.__all__) == set(cpu.__all__) == arguments()[1].keys()
 
 
-@pytest.mark.parametrize("op", [op._name for op in ops.ALL])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_opcheck(op, backend, monkeypatch):
-    if backend == "triton":
+@pytest.fixture(params=["triton", "torch"])
+def either(request, monkeypatch):
+    if request.param == "triton":
         use_interpreter(monkeypatch)
-    _, calls = arguments()
-    result = torch.library.opcheck(getattr(ops, op), calls[op], test_utils=TESTS)
-    assert set(result.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("keep_h", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_of_the_whole(keep_h, grad):
+def test_opcheck_of_the_layer(keep_h, grad, either):
     inputs = build(CASE)
     tensors = [
         t.requires_grad_(grad) for t in (inputs.x, inputs.weight, inputs.w1.unflatten(1, (2, -1)), inputs.w2)
     ]
-    routing = list(ops.route(inputs.ids, CASE.experts, 128))
-    call = (*tensors, routing, CASE.k, "silu", CASE.act.params, torch.float32, keep_h or grad)
-    result = torch.library.opcheck(_moe_mlp, call, test_utils=TESTS)
+    call = (tensors[0], inputs.ids, *tensors[1:], "silu", CASE.act.params, torch.float32, keep_h or grad)
+    result = torch.library.opcheck(moe._moe_mlp, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("op", ["up", "down", "combine", "dh", "dx", "dw1", "dw2"])
-def test_backends_agree(op, monkeypatch):
-    """Row by row, so that a fault names its op; the whole is held to fp64 in test_moe_cases."""
+@pytest.mark.parametrize("needs", [(True,) * 4, (True, False, False, False), (False, True, False, True)])
+def test_opcheck_of_the_backward(needs, either):
+    _, calls = arguments()
+    dout, w2, h, weight, routing, *_ = calls["dh"]
+    x, w1, *_ = calls["up"]
+    call = (dout, x, weight, w1, w2, [h, *routing.tensors], "silu", CASE.act.params, x.dtype, list(needs))
+    result = torch.library.opcheck(moe._moe_mlp_backward, call, test_utils=TESTS)
+    assert set(result.values()) == {"SUCCESS"}
+    grads = moe._moe_mlp_backward(*call)
+    assert [grad.numel() > 0 for grad in grads] == list(needs)
+
+
+@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "dw1", "dw2"])
+def test_backends_agree(primitive, monkeypatch):
+    """Row by row, so that a fault names its primitive; the whole is held to fp64 in test_moe_cases."""
     use_interpreter(monkeypatch)
     rows, calls = arguments()
     pairs = build(CASE).ids.numel()
-    call = list(calls[op])
-    if op in ("dw1", "dw2"):  # one function of a backend
-        call = [*call[:-1], call[-1] if op == "dw1" else call[-1][:, None], op == "dw2"]
-    name = op.rstrip("12")
-    results = [getattr(module, name)(*call) for module in (kernels, cpu)]
+    results = [getattr(module, primitive)(*calls[primitive]) for module in (kernels, cpu)]
     one, other = (r if isinstance(r, tuple) else (r,) for r in results)
     for got, wanted in zip(one, other, strict=True):
         # rows behind the last are undefined
@@ -123,6 +129,6 @@ def test_a_schedule_of_another_backend_is_refused(monkeypatch):
     """As FASTEXPERTS_BACKEND switched between a forward and its backward makes it: tiles of 128, not 32."""
     use_interpreter(monkeypatch)
     ids = torch.arange(300)[:, None] % 5
-    *_, offsets, schedule = cpu.route(ids, 5, 128)
+    routing = cpu.route(ids, 5, 128)
     with pytest.raises(FastexpertsError, match="the backend that routed"):
-        ops.down(torch.zeros(300, 16), torch.zeros(5, 8, 16), offsets, schedule)
+        kernels.down(torch.zeros(300, 16), torch.zeros(5, 8, 16), routing)

@@ -1,0 +1,124 @@
+"""Which backend computes: the Triton kernels on a GPU, PyTorch's grouped GEMM (cpu.py) elsewhere;
+FASTEXPERTS_BACKEND overrides.
+
+`Backend` lists the primitives that moe.py composes, one per line of its dataflow. They are plain functions:
+torch.library sees the layer whole (moe.py), because a dispatch of each costs more host time than its launch.
+
+Legend: T tokens, K top-k, P = T*K rows, E experts, D model dim, F expert intermediate dim, C parts of h (2
+gated, 1 otherwise), G = C*F. Rows behind offsets_E1[E] are undefined in every [P, ...] tensor and never read.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fastexperts import cpu, settings
+from fastexperts.activations import Activation
+from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.routing import Routing
+
+
+class Backend(Protocol):
+    """The primitives. Each is forward-only and reads its tensors where they lie."""
+
+    @staticmethod
+    def block_m(device: torch.device, dtype: torch.dtype) -> int:
+        """Rows per tile of the schedule that this backend walks for (`device`, `dtype`)."""
+
+    @staticmethod
+    def route(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:
+        """Rows sorted by expert, without host synchronisation."""
+
+    @staticmethod
+    def up(
+        x_TD: Tensor, w1_ECFD: Tensor, routing: Routing, activation: Activation, keep_h: bool
+    ) -> tuple[Tensor, Tensor]:
+        """h_PG = x_TD[token of row] @ w1^T and a_PF = act(h_PG); h is [0, G] unless `keep_h`."""
+
+    @staticmethod
+    def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing) -> Tensor:
+        """y_PD = a_PF @ w2^T."""
+
+    @staticmethod
+    def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
+        """out_TD = sum_k weight_TK * y_PD[row of (t, k)], k ascending, fp32 sums (fp64 for fp64); no weight
+        means 1.
+        """
+
+    @staticmethod
+    def dh(
+        dout_TD: Tensor,
+        w2_EDF: Tensor,
+        h_PG: Tensor,
+        weight_TK: Tensor,
+        routing: Routing,
+        activation: Activation,
+        need_dh: bool,
+        need_wa: bool,
+        need_dweight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """v_PF = dout_TD[token of row] @ w2, then (dh_PG, wa_PF, dweight_TK); what is not needed comes back
+        with 0 rows.
+
+        dh = act'(h) * (weight * v), wa = weight * act(h), dweight = sum_F v * act(h).
+        """
+
+    @staticmethod
+    def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing) -> Tensor:
+        """dx_PD = dh_PG @ w1."""
+
+    @staticmethod
+    def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:
+        """dw1_ECFD[e] = dh_PG[rows of e]^T @ x_TD[token of rows], dtype and strides as `w1_ECFD`."""
+
+    @staticmethod
+    def dw2(dout_TD: Tensor, wa_PF: Tensor, routing: Routing, w2_EDF: Tensor) -> Tensor:
+        """dw2_EDF[e] = dout_TD[token of rows]^T @ wa_PF[rows of e], dtype and strides as `w2_EDF`."""
+
+
+def name(device: torch.device) -> str:
+    """ "triton" or "torch" for tensors on `device`; raises where an explicit request cannot be served."""
+    requested = settings.backend()
+    if requested == "torch" or (requested == "auto" and device.type != "cuda"):
+        return "torch"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise refuse(
+            "fastexperts",
+            "FASTEXPERTS_BACKEND",
+            got="'triton' for CPU tensors",
+            needs="CUDA tensors, or TRITON_INTERPRET=1",
+            way_out="Unset FASTEXPERTS_BACKEND to run PyTorch's grouped GEMM on the CPU.",
+        )
+    return "triton"
+
+
+def load(device: torch.device) -> Backend:
+    """The backend for tensors on `device`."""
+    if name(device) == "torch":
+        return cast(Backend, cpu)
+    try:
+        from fastexperts import kernels
+    except ImportError as e:
+        raise FastexpertsError(
+            f"fastexperts: `triton` could not be imported ({e}); CUDA tensors need it. Install triton, or "
+            "set FASTEXPERTS_BACKEND=torch for PyTorch's grouped GEMM."
+        ) from e
+    return cast(Backend, kernels)
+
+
+def check_current(device: torch.device) -> None:
+    """Raise unless `device` is where Triton launches: on the current device and its stream, whatever the
+    tensors' device is.
+    """
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise refuse(
+            "fastexperts",
+            "device",
+            got=f"tensors on {device} while cuda:{torch.cuda.current_device()} is the current device",
+            needs="tensors on the current device",
+            way_out="Call it inside `with torch.cuda.device(x.device):`.",
+        )
