@@ -193,6 +193,13 @@ MUTANTS = (
         "A, row0, end, part * M + m0, c_m",
         "A, row0, end, m0, c_m",
     ),
+    # launches
+    Mutant(
+        "plan: the strides are not part of it",
+        "kernels/launch.py",
+        "rows > FAR, tensor.stride(), tensor.dtype",
+        "rows > FAR, tensor.dtype",
+    ),
     # rows and tokens
     Mutant(
         "combine: the last choice is skipped",

@@ -124,7 +124,7 @@ def gather(x_TD: Tensor, routing: Routing) -> Tensor:
 
 
 @planned
-def _sum_plan(partial_NP: Tensor, dweight_TK: Tensor) -> Plan:
+def _sum_plan(dweight_TK: Tensor, *, wide: torch.dtype) -> Plan:
     return Plan(_sum_dweight, (None,) * 3, (), dict(BLOCK=256))
 
 
@@ -133,7 +133,7 @@ def sum_dweight(partial_NP: Tensor, routing: Routing, like_TK: Tensor) -> Tensor
     dweight_TK = torch.empty_like(like_TK, memory_format=torch.contiguous_format)
     num_blocks, num_pairs = partial_NP.shape
     if num_pairs:
-        plan = _sum_plan(partial_NP, dweight_TK)
+        plan = _sum_plan(dweight_TK, wide=partial_NP.dtype)
         grid = (triton.cdiv(num_pairs, plan.constants["BLOCK"]),)
         plan(grid, (partial_NP, routing.row_of_pair_P, dweight_TK), num_pairs, num_blocks)
     return dweight_TK

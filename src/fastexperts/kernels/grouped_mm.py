@@ -153,11 +153,11 @@ def _plan(
     h_PG: Tensor | None,
     dh_PG: Tensor | None,
     weight_TK: Tensor | None,
-    partial_NP: Tensor | None,
     *,
     name: str,
     top_k: int,
     activation: Activation | None,
+    store_dweight: bool,
 ) -> Plan:
     """Pass `name` of the table above: descriptors where possible, the tile of tiles.py. None is not asked
     for.
@@ -173,7 +173,7 @@ def _plan(
     options = dict(
         TOP_K=top_k, GATHER=gather, KN=kn, EPILOGUE={"up": "act", "dh": "dact"}.get(name, "none"),
         STORE_H=(h_PG if name == "up" else dh_PG) is not None, STORE_OUT=out_PN is not None,
-        STORE_DWEIGHT=partial_NP is not None, **constants(activation),
+        STORE_DWEIGHT=store_dweight, **constants(activation),
     )  # fmt: skip
     if hopper_mm.serves(a, w_EC__, out_PN, h_PG, dh_PG, kn=kn, gather=gather):
         return hopper_mm.plan(name, a, w_EC__, out_PN, h_PG, dh_PG, dim_k, dim_n, options)
@@ -224,9 +224,12 @@ def _launch(
             "those of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its "
             "backward."
         )
-    operands = (packed(a), w, out_PN, h_PG, dh_PG, weight_TK, partial_NP)
-    plan = _plan(*operands, name=name, top_k=routing.top_k, activation=activation)
-    tensors = tuple(schedule_S3 if t is None else t for t in operands)  # a stand-in for what is not asked for
+    operands = (packed(a), w, out_PN, h_PG, dh_PG, weight_TK)
+    plan = _plan(
+        *operands, name=name, top_k=routing.top_k, activation=activation, store_dweight=partial_NP is not None
+    )
+    # the schedule stands in for what is not asked for
+    tensors = tuple(schedule_S3 if t is None else t for t in (*operands, partial_NP))
     plan((plan.programs(len(schedule_S3) - 1),), (*tensors, pair_of_row_P, schedule_S3), rows)
 
 

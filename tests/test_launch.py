@@ -1,0 +1,77 @@
+"""What is planned once: the same plan for other addresses and numbers of rows, another for anything else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from spies import use_interpreter
+from support import Case, check_case
+
+from fastexperts.kernels.launch import FAR, forgotten, planned
+
+
+@pytest.fixture
+def plan():
+    """(a planned function, the calls that reached it)"""
+    made = []
+
+    @planned
+    def make(*tensors, **options):
+        made.append((tensors, options))
+        return len(made)
+
+    return make, made
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(7, 31),
+        torch.zeros(7, 64)[:, :32],
+        torch.zeros(32, 7).t(),
+        torch.zeros(7, 32, dtype=torch.float64),
+        torch.zeros(7 * 32 + 1)[1:].view(7, 32),
+        torch.zeros(0, 32),
+        torch.zeros(1, 32).expand(FAR + 1, 32),
+        torch.zeros(7, 1, 32),
+        None,
+    ],
+)
+def test_another_layout_is_another_plan(other, plan):
+    make, made = plan
+    assert make(torch.zeros(7, 32), top_k=2) == make(torch.zeros(7, 32), top_k=2) == 1
+    assert make(other, top_k=2) == 2
+    assert make(torch.zeros(7, 32), top_k=2) == 1
+    assert len(made) == 2
+
+
+def test_rows_are_not_part_of_it_and_experts_are(plan):
+    make, _ = plan
+    assert make(torch.zeros(7, 32)) == make(torch.zeros(900, 32)) == 1
+    assert make(torch.zeros(2, 7, 32)) == 2
+    assert make(torch.zeros(3, 7, 32)) == 3
+
+
+def test_options_and_the_environment_are_part_of_it(plan, monkeypatch):
+    make, _ = plan
+    assert [make(torch.zeros(7, 32), top_k=k, name="up") for k in (1, 2, 1)] == [1, 2, 1]
+    monkeypatch.setenv("FASTEXPERTS_TMA", "0")
+    assert make(torch.zeros(7, 32), top_k=1, name="up") == 3
+    with forgotten():
+        assert make(torch.zeros(7, 32), top_k=1, name="up") == 4
+
+
+def test_layers_that_differ_in_one_thing_follow_each_other(monkeypatch):
+    """Each computes what it computes alone."""
+    use_interpreter(monkeypatch)
+    case = Case(tokens=33, experts=4, dims=(48, 80))
+    changes = (
+        {},
+        {"experts": 3},
+        {"tokens": 70},
+        {"layout": "interleaved"},
+        {"top_k": 1},
+        {"activation": "geglu"},
+    )
+    for change in (*changes, {}):
+        check_case(replace(case, **change))
