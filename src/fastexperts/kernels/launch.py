@@ -73,8 +73,8 @@ class Plan:
 
 
 def planned(make: Callable[..., R]) -> Callable[..., R]:
-    """`make(*tensors, **options)`, called once for all tensors that differ in addresses alone, and matrices in
-    their numbers of rows (on one side of `FAR`): what it returns may depend on anything else of theirs.
+    """`make(*tensors, **options)`, called once for all tensors that differ in addresses alone, and matrices
+    in their numbers of rows (on one side of `FAR`): what it returns may depend on anything else of theirs.
     """
     made: dict[object, R] = {}
     _every_made.append(made)
