@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "fastexperts"
 # A module imports from the layers above its own line in this list, and from its own package; nothing else.
 LAYERS = (
     {"errors", "dtypes"},
-    {"settings"},
+    {"settings", "library"},
     {"activations", "routing", "weights"},
     {"kernels"},
     {"checks", "cpu", "reference"},

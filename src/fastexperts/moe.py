@@ -18,6 +18,7 @@ from torch import Tensor
 from fastexperts import backend, settings
 from fastexperts.activations import SWIGLU, Activation, resolve
 from fastexperts.checks import check_moe_mlp
+from fastexperts.library import op
 from fastexperts.routing import Routing, check_ids, schedule_length
 from fastexperts.weights import Weight, as_weight
 
@@ -130,7 +131,7 @@ def moe_mlp(
 # take no objects and return no None: activations travel as a name and floats, absent tensors with 0 rows.
 
 
-@torch.library.custom_op("fastexperts::moe_mlp", mutates_args=())
+@op("moe_mlp")
 def _moe_mlp(
     x_TD: Tensor,
     ids_TK: Tensor,
@@ -155,7 +156,7 @@ def _moe_mlp(
     return out_TD, h_PG, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
 
 
-@_moe_mlp.register_fake
+@_moe_mlp.fake
 def _(
     x_TD: Tensor,
     ids_TK: Tensor,
@@ -184,7 +185,7 @@ def _(
     )
 
 
-@torch.library.custom_op("fastexperts::moe_mlp_backward", mutates_args=())
+@op("moe_mlp_backward")
 def _moe_mlp_backward(
     dout_TD: Tensor,
     x_TD: Tensor,
@@ -209,7 +210,7 @@ def _moe_mlp_backward(
     return dx_TD, dweight_TK, dw1_ECFD, dw2_EDF
 
 
-@_moe_mlp_backward.register_fake
+@_moe_mlp_backward.fake
 def _(
     dout_TD: Tensor,
     x_TD: Tensor,
@@ -259,5 +260,5 @@ def _no_double_backward(ctx: object, *grads: Tensor) -> None:
     )
 
 
-_moe_mlp.register_autograd(_backward, setup_context=_save_for_backward)
-_moe_mlp_backward.register_autograd(_no_double_backward)
+_moe_mlp.autograd(_backward, setup_context=_save_for_backward)
+_moe_mlp_backward.autograd(_no_double_backward)

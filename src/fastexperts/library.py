@@ -1,0 +1,54 @@
+"""Functions as torch.library ops."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+class Op:
+    """A function of tensors, numbers and strings as the op fastexperts::NAME.
+
+    What torch.library.custom_op makes of it, without what that costs: its first call imports torch.compile
+    (seconds), and each later one passes through four more Python functions.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = f"fastexperts::{name}"
+        torch.library.define(self.name, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.impl(self.name, "CompositeExplicitAutograd", _unseen(function))
+        self._packet = getattr(torch.ops.fastexperts, name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self._packet(*args)
+
+    def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorates what gives the shapes of the results."""
+        return torch.library.register_fake(self.name, function)
+
+    def autograd(
+        self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+    ) -> None:
+        """The derivative, as torch.library.register_autograd takes it."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+
+def op(name: str) -> Callable[[Callable[..., Any]], Op]:
+    return lambda function: Op(name, function)
+
+
+def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose frames Dynamo does not look into, once somebody has imported it."""
+
+    @functools.cache
+    def disabled() -> Callable[..., Any]:
+        return torch.compiler.disable(function)
+
+    def call(*args: Any) -> Sequence[torch.Tensor]:
+        return (disabled() if "torch._dynamo" in sys.modules else function)(*args)
+
+    return call
