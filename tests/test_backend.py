@@ -35,6 +35,8 @@ def arguments(case=CASE):
         "combine": (y, weight, routing, x.dtype),
         "dh": (dout, inputs.w2, h, weight, routing, case.act, True, True, True),
         "dx": (dh, w1, routing),
+        "shrink": (x, w1[:, 0, :5], routing, True),
+        "dw": (h, wa, routing, inputs.w2.new_empty(case.experts, h.shape[1], wa.shape[1])),
         "dw1": (dh, x, routing, w1),
         "dw2": (dout, wa, routing, inputs.w2),
     }
@@ -53,29 +55,43 @@ def either(request, monkeypatch):
 
 @pytest.mark.parametrize("keep_h", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_of_the_layer(keep_h, grad, either):
+@pytest.mark.parametrize("lora", [False, True])
+def test_opcheck_of_the_layer(keep_h, grad, lora, either):
     inputs = build(CASE)
     tensors = [
         t.requires_grad_(grad) for t in (inputs.x, inputs.weight, inputs.w1.unflatten(1, (2, -1)), inputs.w2)
     ]
-    call = (tensors[0], inputs.ids, *tensors[1:], "silu", CASE.act.params, torch.float32, keep_h or grad)
+    how = (factors(grad) if lora else [], "silu", [*CASE.act.params, *[2.0, 0.5] * lora], torch.float32)
+    call = (tensors[0], inputs.ids, *tensors[1:], *how, keep_h or grad)
     result = torch.library.opcheck(torch.ops.fastexperts.moe_mlp.default, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("needs", [(True,) * 4, (True, False, False, False), (False, True, False, True)])
-def test_opcheck_of_the_backward(needs, either):
+@pytest.mark.parametrize("lora", [False, True])
+def test_opcheck_of_the_backward(needs, lora, either):
     _, calls = arguments()
     dout, w2, h, weight, routing, *_ = calls["dh"]
     x, w1, *_ = calls["up"]
-    call = (dout, x, weight, w1, w2, [h, *routing.tensors], "silu", CASE.act.params, x.dtype, list(needs))
+    rows = [torch.zeros(len(h), 16) if lora else torch.zeros(0)] * 2
+    primals = [x, weight, w1, w2, *(factors(False) if lora else [])]
+    asked = [*needs, *[True] * (len(primals) - 4)]
+    numbers = [*CASE.act.params, *[2.0, 0.5] * lora]
+    call = (dout, primals, [h, *rows, *routing.tensors], "silu", numbers, x.dtype, asked)
     result = torch.library.opcheck(torch.ops.fastexperts.moe_mlp_backward.default, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
     grads = moe._moe_mlp_backward(*call)
-    assert [grad.numel() > 0 for grad in grads] == list(needs)
+    assert [grad.numel() > 0 for grad in grads] == asked
 
 
-@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "dw1", "dw2"])
+def factors(grad):
+    """[a1, b1, a2, b2] of ranks 3 and 5."""
+    (d, f), e = CASE.dims, CASE.experts
+    shapes = ((e, 3, d), (e, 2 * f, 3), (e, 5, f), (e, d, 5))
+    return [torch.randn(shape, requires_grad=grad) for shape in shapes]
+
+
+@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "shrink", "dw", "dw1", "dw2"])
 def test_backends_agree(primitive, monkeypatch):
     """Row by row, so that a fault names its primitive; the whole is held to fp64 in test_moe_cases."""
     use_interpreter(monkeypatch)

@@ -20,6 +20,7 @@ from fastexperts import cpu, settings
 from fastexperts.activations import Activation
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.routing import Routing
+from fastexperts.weights import Step
 
 
 class Backend(Protocol):
@@ -35,12 +36,17 @@ class Backend(Protocol):
 
     @staticmethod
     def up(
-        x_TD: Tensor, w1_ECFD: Tensor, routing: Routing, activation: Activation, keep_h: bool
+        x_TD: Tensor,
+        w1_ECFD: Tensor,
+        routing: Routing,
+        activation: Activation,
+        keep_h: bool,
+        more: Step | None = None,
     ) -> tuple[Tensor, Tensor]:
         """h_PG = x_TD[token of row] @ w1^T and a_PF = act(h_PG); h is [0, G] unless `keep_h`."""
 
     @staticmethod
-    def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing) -> Tensor:
+    def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
         """y_PD = a_PF @ w2^T."""
 
     @staticmethod
@@ -60,6 +66,7 @@ class Backend(Protocol):
         need_dh: bool,
         need_wa: bool,
         need_dweight: bool,
+        more: Step | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """v_PF = dout_TD[token of row] @ w2, then (dh_PG, wa_PF, dweight_TK); what is not needed comes back
         with 0 rows.
@@ -68,8 +75,18 @@ class Backend(Protocol):
         """
 
     @staticmethod
-    def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing) -> Tensor:
+    def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
         """dx_PD = dh_PG @ w1."""
+
+    @staticmethod
+    def shrink(rows: Tensor, factor_ERK: Tensor, routing: Routing, tokens: bool) -> Tensor:
+        """rows_PR = rows @ factor^T for a factor with few outputs; `tokens`: rows holds tokens, of rows taken
+        as in `up`.
+        """
+
+    @staticmethod
+    def dw(rows_PM: Tensor, rows_PN: Tensor, routing: Routing, like_EMN: Tensor) -> Tensor:
+        """dw[e] = rows_PM[rows of e]^T @ rows_PN[rows of e], dtype and strides as `like`."""
 
     @staticmethod
     def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:

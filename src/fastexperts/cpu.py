@@ -15,8 +15,9 @@ from fastexperts.activations import Activation
 from fastexperts.dtypes import accumulator
 from fastexperts.routing import Routing
 from fastexperts.routing import route_torch as route
+from fastexperts.weights import Step
 
-__all__ = ["block_m", "combine", "dh", "down", "dw1", "dw2", "dx", "route", "up"]
+__all__ = ["block_m", "combine", "dh", "down", "dw", "dw1", "dw2", "dx", "route", "shrink", "up"]
 
 
 def block_m(device: torch.device, dtype: torch.dtype) -> int:
@@ -24,23 +25,41 @@ def block_m(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def up(
-    x_TD: Tensor, w1_ECFD: Tensor, routing: Routing, activation: Activation, keep_h: bool
+    x_TD: Tensor,
+    w1_ECFD: Tensor,
+    routing: Routing,
+    activation: Activation,
+    keep_h: bool,
+    more: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
     x_PD = _gather(x_TD, routing)
     h_PG = torch.cat(
         [_grouped_mm(x_PD, w.transpose(1, 2), routing.offsets_E1) for w in w1_ECFD.unbind(1)], dim=1
     )
+    if more:
+        h_PG = h_PG + _grouped_mm(more.rows_PR, more.w.flatten(1, 2).transpose(1, 2), routing.offsets_E1)
     return h_PG if keep_h else h_PG[:0].clone(), activation.forward(h_PG)
 
 
-def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing) -> Tensor:
-    return _grouped_mm(a_PF, w2_EDF.transpose(1, 2), routing.offsets_E1)
+def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
+    y_PD = _grouped_mm(a_PF, w2_EDF.transpose(1, 2), routing.offsets_E1)
+    if more:
+        y_PD = y_PD + _grouped_mm(more.rows_PR, more.w.transpose(1, 2), routing.offsets_E1)
+    return y_PD
 
 
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing) -> Tensor:
+def shrink(rows: Tensor, factor_ERK: Tensor, routing: Routing, tokens: bool) -> Tensor:
+    rows_PK = _gather(rows, routing) if tokens else rows
+    return _grouped_mm(rows_PK, factor_ERK.transpose(1, 2), routing.offsets_E1)
+
+
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
     parts = zip(dh_PG.chunk(w1_ECFD.shape[1], dim=1), w1_ECFD.unbind(1), strict=True)
     first, *rest = (_grouped_mm(dh_PF, w_EFD, routing.offsets_E1) for dh_PF, w_EFD in parts)
-    return first + rest[0] if rest else first
+    dx_PD = first + rest[0] if rest else first
+    if more:
+        dx_PD = dx_PD + _grouped_mm(more.rows_PR, more.w, routing.offsets_E1)
+    return dx_PD
 
 
 def dh(
@@ -53,10 +72,13 @@ def dh(
     need_dh: bool,
     need_wa: bool,
     need_dweight: bool,
+    more: Step | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulator(h_PG.dtype)
     row_of_pair_P = routing.row_of_pair_P
     v_PF = _grouped_mm(_gather(dout_TD, routing), w2_EDF, routing.offsets_E1).to(wide)
+    if more:
+        v_PF = v_PF + _grouped_mm(more.rows_PR, more.w, routing.offsets_E1).to(wide)
     weight_P1 = weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)].to(wide)[:, None]
     a_PF, dh_PG = activation.vjp(h_PG.to(wide), weight_P1 * v_PF)
     dweight_P = (v_PF * a_PF).sum(-1)[row_of_pair_P.clamp(min=0)].where(row_of_pair_P >= 0, 0)
@@ -77,6 +99,10 @@ def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: tor
             y_TD = y_TD * weight_TK[:, k, None].to(wide)
         out_TD += y_TD.where(row_T[:, None] >= 0, 0)
     return out_TD.to(dtype)
+
+
+def dw(rows_PM: Tensor, rows_PN: Tensor, routing: Routing, like_EMN: Tensor) -> Tensor:
+    return _dw(rows_PM, rows_PN, routing, like_EMN[:, None]).squeeze(1)
 
 
 def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:

@@ -9,12 +9,22 @@ Legend: T tokens, K top-k, E experts, D model dim, F expert intermediate dim, G 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from fastexperts.activations import SWIGLU, Activation, resolve
 from fastexperts.weights import Weight, as_weight
+
+
+def folded(weight: Weight) -> Weight:
+    """`weight` with its update built and added, in the dtype of the weight."""
+    if weight.lora is None:
+        return weight
+    delta = weight.lora.scale * torch.bmm(weight.lora.b, weight.lora.a)
+    return replace(weight, w=weight.out_in + delta.to(weight.w.dtype), transposed=False, lora=None)
 
 
 def moe_mlp_reference(
@@ -33,8 +43,8 @@ def moe_mlp_reference(
     truth, or bf16 ones for what a plain PyTorch loop makes of bf16.
     """
     activation = resolve(activation, "moe_mlp_reference")
-    w1_ECFD = as_weight(w1).parts(activation.parts)
-    w2_EDF = as_weight(w2).out_in
+    w1, w2 = folded(as_weight(w1)), folded(as_weight(w2))
+    w1_ECFD, w2_EDF = w1.parts(activation.parts), w2.out_in
     out_TD = torch.zeros_like(x_TD)
     for e in range(w2_EDF.shape[0]):
         t, k = torch.where(ids_TK == e)

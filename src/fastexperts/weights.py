@@ -1,4 +1,5 @@
-"""`Weight`: one expert projection of a layer as it is stored, and the one view that the ops compute with.
+"""`Weight`: one expert projection of a layer as it is stored, and the one view that the ops compute with;
+`Lora`: what an adapter adds to it.
 
 Layouts are strides. `parts()` gives every stored form as one (E, C, F, D) view (C = 2 for gate and up, else
 1) and never copies, so that kernels know one layout and gradients come back in the parameter's own.
@@ -11,22 +12,81 @@ Layouts are strides. `parts()` gives every stored form as one (E, C, F, D) view 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from fastexperts.errors import refuse
+
+RANK_STEP = 16  # ranks are padded with zeros to a multiple: what a tensor core contracts at once
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank update of an expert projection: w[e] + scale * b[e] @ a[e], never built.
+
+    a: [E, r, in]. b: [E, out, r], its rows in the order of the stored weight's outputs.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, dims in (("a", "[experts, rank, in]"), ("b", "[experts, out, rank]")):
+            factor = getattr(self, name)
+            if not isinstance(factor, Tensor) or factor.dim() != 3:
+                got = list(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
+                raise refuse("Lora", name, got=got, needs=f"a tensor {dims}", way_out="Stack it by expert.")
+        if self.a.shape[0] != self.b.shape[0] or self.a.shape[1] != self.b.shape[2]:
+            raise refuse(
+                "Lora",
+                "b",
+                got=f"[experts, out, rank] {list(self.b.shape)}",
+                needs=f"the experts and the rank of a, [experts, rank, in] {list(self.a.shape)}",
+                way_out="PEFT stores A by expert and B by rank: take its get_delta_factors.",
+            )
+
+    @staticmethod
+    def of(updates: Sequence[Lora]) -> Lora:
+        """The sum of `updates`: their ranks side by side."""
+        if len(updates) == 1:
+            return updates[0]
+        return Lora(
+            torch.cat([update.a for update in updates], dim=1),
+            torch.cat([update.scale * update.b for update in updates], dim=2),
+        )
+
+    def packed(self, dtype: torch.dtype) -> Lora:
+        """The factors as kernels read them: in `dtype`, ranks padded, columns adjacent, the scale in `a`."""
+        more = -self.a.shape[1] % RANK_STEP
+        a = nnf.pad((self.scale * self.a).to(dtype), (0, 0, 0, more))
+        return Lora(a.contiguous(), nnf.pad(self.b.to(dtype), (0, more)).contiguous())
+
+
+class Step(NamedTuple):
+    """One more step of a product's contraction: acc += rows_PR @ w^T, w stored like the product's own weight
+    with R for the contraction. R is a multiple of RANK_STEP.
+    """
+
+    rows_PR: Tensor
+    w: Tensor
 
 
 @dataclass(frozen=True)
 class Weight:
     """An expert projection: `w` [E, out, in], or [E, in, out] when `transposed`; `interleaved` concerns gate
-    and up.
+    and up. `lora`: what is added to it.
     """
 
     w: Tensor
     transposed: bool = False
     interleaved: bool = False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.w, Tensor):
@@ -53,7 +113,16 @@ class Weight:
 
     def parts(self, count: int) -> Tensor:
         """The (E, `count`, out / `count`, in) view."""
-        w = self.out_in
+        return self._split(self.out_in, count)
+
+    def lora_parts(self, count: int) -> Lora | None:
+        """The update with the rows of `b` in the order of `parts`: gate, then up."""
+        if self.lora is None or not self.interleaved:
+            return self.lora
+        b = self._split(self.lora.b, count).flatten(1, 2)
+        return Lora(self.lora.a, b, self.lora.scale)
+
+    def _split(self, w: Tensor, count: int) -> Tensor:
         if w.shape[1] % count:
             raise refuse(
                 "Weight",

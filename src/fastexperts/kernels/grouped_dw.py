@@ -15,6 +15,7 @@ from fastexperts.kernels.combine import gather
 from fastexperts.kernels.epilogues import halves
 from fastexperts.kernels.launch import Plan, planned
 from fastexperts.kernels.operands import accumulator, operand, packed, precision, processors
+from fastexperts.kernels.tiles import narrowed
 from fastexperts.routing import Routing
 
 
@@ -111,7 +112,7 @@ def _grouped_dw(
 def _plan(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor) -> Plan:
     """Both operands hold rows."""
     num_experts, parts, dim_m, dim_n = out_ECMN.shape
-    tile = tiles.tile(rows_M.device, rows_M.dtype, "dw")
+    tile = narrowed(tiles.tile(rows_M.device, rows_M.dtype, "dw"), m=dim_m, n=dim_n)
     a_view = operand(rows_M, [tile.k, tile.m], parts)
     b_view = operand(rows_N, [tile.k, tile.n])
     # the store goes through shared memory: fp32 gradients of bf16 operands in as many more slices
@@ -164,9 +165,23 @@ def _dw(rows_M: Tensor, rows_N: Tensor, routing: Routing, like_ECMN: Tensor, gat
         rows_M = gather(rows_M, routing)
     else:
         rows_N = gather(rows_N, routing)
+    return _rows_dw(rows_M, rows_N, routing, out_ECMN)
+
+
+def _rows_dw(rows_M: Tensor, rows_N: Tensor, routing: Routing, out_ECMN: Tensor) -> Tensor:
+    """`_dw` into `out`, both operands rows."""
     plan = _plan(rows_M, rows_N, out_ECMN)
     plan((plan.programs(),), (rows_M, rows_N, out_ECMN, routing.offsets_E1))
     return out_ECMN
+
+
+def dw(rows_PM: Tensor, rows_PN: Tensor, routing: Routing, like_EMN: Tensor) -> Tensor:
+    """See backend.Backend."""
+    out_EMN = torch.empty_like(like_EMN)
+    if out_EMN.numel() == 0 or len(rows_PM) == 0:
+        return out_EMN.zero_()
+    _rows_dw(packed(rows_PM), packed(rows_PN), routing, out_EMN[:, None])
+    return out_EMN
 
 
 def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:

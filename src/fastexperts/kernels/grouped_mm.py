@@ -5,6 +5,7 @@
     down  a                      w2 (E, 1, D, F)       y = acc
     dh    dout[token of row]     w2 (E, 1, D, F)^T     v = acc; dh, weight * a, dweight from h
     dx    dh (C parts along K)   w1 (E, C, F, D)^T     dx = acc
+    shrink  rows or tokens       factor (E, R, K)      out = acc, few columns
 
 Legend: see moe.py; N output columns (of one part), K contraction (of one part), S tiles, NB column blocks.
 """
@@ -24,7 +25,9 @@ from fastexperts.kernels.combine import sum_dweight
 from fastexperts.kernels.epilogues import halves, store_act, store_dact, store_plain
 from fastexperts.kernels.launch import Plan, planned
 from fastexperts.kernels.operands import accumulator, operand, packed, precision, processors
+from fastexperts.kernels.tiles import narrowed
 from fastexperts.routing import Routing, schedule_length
+from fastexperts.weights import Step
 
 
 @triton.jit
@@ -55,6 +58,18 @@ def _load_w(
             return tl.load(p_w, mask=(o_n < N)[None, :] & (o_k < K)[:, None], other=0.0)
 
 
+@triton.jit
+def _load_v(p_v, n0, o_r, N, R, BN: tl.constexpr, PARTS_N: tl.constexpr, KN: tl.constexpr):
+    """Block [BR, PARTS_N * BN] of an expert's share of the further step; zero behind R."""
+    o_c = tl.arange(0, PARTS_N * BN)
+    o_n = n0 + (o_c % BN if PARTS_N > 1 else o_c)
+    if KN:
+        o_v = o_r[:, None] * N + o_n[None, :]
+    else:
+        o_v = ((o_c // BN * N if PARTS_N > 1 else 0) + o_n)[None, :] * R + o_r[:, None]
+    return tl.load(p_v + o_v, mask=(o_n < N)[None, :] & (o_r < R)[:, None], other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _grouped_mm(
     A,  # descriptor or pointer: [rows or T, PARTS_K * K]
@@ -64,13 +79,16 @@ def _grouped_mm(
     p_dh,  # [P, C * N]: out of "dact"
     p_weight,  # [P] by pair
     p_dweight,  # [NB, P] by row: partial sums
+    X,  # [P, R]: rows of one more step
+    V,  # (E, C, N, R), or (E, 1, R, N) with KN
     p_pair_of_row,  # [P]
     p_schedule,  # [S, 3]
     stride_a, stride_we, stride_wc, stride_wn, stride_wk, N, K, num_rows,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, KN: tl.constexpr, EPILOGUE: tl.constexpr,
     STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr,
     FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
-    PARTS_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PARTS_K: tl.constexpr, R: tl.constexpr, BR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr, SUBTILES: tl.constexpr, A_TMA: tl.constexpr, W_TMA: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -122,6 +140,15 @@ def _grouped_mm(
             )  # fmt: skip
             acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
 
+        if R > 0:
+            p_v = V + i_e.to(tl.int64) * (PARTS_N * N * R)
+            for r0 in tl.static_range(0, R, BR):
+                o_r = r0 + tl.arange(0, BR)
+                p_x = X + tl.where(m_m, o_m, row0).to(tl.int64)[:, None] * R + o_r[None, :]
+                x = tl.load(p_x, mask=(o_r < R)[None, :], other=0.0)
+                v = _load_v(p_v, n0, o_r, N, R, BN, PARTS_N, KN)
+                acc = tl.dot(x, v, acc, input_precision=PRECISION, out_dtype=ACC)
+
         p_out_m = p_out + row0.to(tl.int64) * N
         if EPILOGUE != "none":
             p_h_m = p_h + row0.to(tl.int64) * (WIDTH * N)
@@ -153,8 +180,11 @@ def _plan(
     h_PG: Tensor | None,
     dh_PG: Tensor | None,
     weight_TK: Tensor | None,
+    more_rows_PR: Tensor | None,
+    more_w: Tensor | None,
     *,
     name: str,
+    gather: bool,
     top_k: int,
     activation: Activation | None,
     store_dweight: bool,
@@ -162,7 +192,7 @@ def _plan(
     """Pass `name` of the table above: descriptors where possible, the tile of tiles.py. None is not asked
     for.
     """
-    kn, gather = name in ("dh", "dx"), name in ("up", "dh")
+    kn = name in ("dh", "dx")
     w_EC__ = w if w.dim() == 4 else w[:, None]
     if kn and w_EC__.stride(1) == w_EC__.shape[2] * w_EC__.stride(2):
         # parts that follow each other are one longer contraction: no division in the inner loop
@@ -175,19 +205,27 @@ def _plan(
         STORE_H=(h_PG if name == "up" else dh_PG) is not None, STORE_OUT=out_PN is not None,
         STORE_DWEIGHT=store_dweight, **constants(activation),
     )  # fmt: skip
-    if hopper_mm.serves(a, w_EC__, out_PN, h_PG, dh_PG, kn=kn, gather=gather):
-        return hopper_mm.plan(name, a, w_EC__, out_PN, h_PG, dh_PG, dim_k, dim_n, options)
+    more = None
+    if more_rows_PR is not None and more_w is not None:
+        more = Step(more_rows_PR, more_w if more_w.dim() == 4 else more_w[:, None])
+    if name != "shrink" and hopper_mm.serves(a, w_EC__, out_PN, h_PG, dh_PG, more, kn=kn, gather=gather):
+        return hopper_mm.plan(name, a, w_EC__, out_PN, h_PG, dh_PG, more, dim_k, dim_n, options)
     tile = tiles.tile(a.device, a.dtype, name)
+    if name == "shrink":
+        tile = narrowed(tile, n=dim_n)
+    rank = more.rows_PR.shape[1] if more else 0
     a_view = None if gather else operand(a, [tile.m, tile.k], parts_k)
     w_view = operand(w_EC__, [1, 1, tile.k, tile.n] if kn else [1, parts, tile.n, tile.k])
     stride_e, stride_c, *inner = w_EC__.stride()
     stride_k, stride_n = inner if kn else inner[::-1]
     return Plan(
         _grouped_mm,
-        (a_view, w_view, *(None,) * 7),
+        (a_view, w_view, *(None,) * 9),
         (a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k),
         dict(
-            options, PARTS_K=parts_k, BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten,
+            options, PARTS_K=parts_k, R=rank,
+            BR=min(64, triton.next_power_of_2(max(16, rank))),
+            BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten,
             SUBTILES=tile.subtiles, A_TMA=a_view is not None, W_TMA=w_view is not None,
             EVEN_K=dim_k % tile.k == 0, EVEN_N=dim_n % tile.n == 0,
             ACC=accumulator(a.dtype), PRECISION=precision(a.dtype),
@@ -211,8 +249,12 @@ def _launch(
     dh_PG: Tensor | None = None,
     weight_TK: Tensor | None = None,
     partial_NP: Tensor | None = None,
+    more: Step | None = None,
+    gather: bool = False,
 ) -> None:
-    """Launch pass `name`. w: (E, C, F, D) or (E, D, F) as stored. None: not asked for."""
+    """Launch pass `name`. w: (E, C, F, D) or (E, D, F) as stored. gather: `a` holds tokens. None: not asked
+    for.
+    """
     pair_of_row_P, schedule_S3 = routing.pair_of_row_P, routing.schedule_S3
     rows = len(pair_of_row_P)
     if rows == 0:
@@ -225,36 +267,53 @@ def _launch(
             "backward."
         )
     operands = (packed(a), w, out_PN, h_PG, dh_PG, weight_TK)
+    extra = more or (None, None)
     plan = _plan(
-        *operands, name=name, top_k=routing.top_k, activation=activation, store_dweight=partial_NP is not None
-    )
+        *operands, *extra, name=name, gather=gather, top_k=routing.top_k, activation=activation,
+        store_dweight=partial_NP is not None,
+    )  # fmt: skip
     # the schedule stands in for what is not asked for
-    tensors = tuple(schedule_S3 if t is None else t for t in (*operands, partial_NP))
+    tensors = tuple(schedule_S3 if t is None else t for t in (*operands, partial_NP, *extra))
     plan((plan.programs(len(schedule_S3) - 1),), (*tensors, pair_of_row_P, schedule_S3), rows)
 
 
 def up(
-    x_TD: Tensor, w1_ECFD: Tensor, routing: Routing, activation: Activation, keep_h: bool
+    x_TD: Tensor,
+    w1_ECFD: Tensor,
+    routing: Routing,
+    activation: Activation,
+    keep_h: bool,
+    more: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See backend.Backend."""
     rows, (_, parts, dim_f, _) = len(routing.pair_of_row_P), w1_ECFD.shape
     h_PG, a_PF = x_TD.new_empty((rows if keep_h else 0, parts * dim_f)), x_TD.new_empty((rows, dim_f))
-    _launch("up", x_TD, w1_ECFD, a_PF, routing, activation=activation, h_PG=h_PG if keep_h else None)
+    _launch(
+        "up", x_TD, w1_ECFD, a_PF, routing, activation=activation, h_PG=h_PG if keep_h else None, more=more,
+        gather=True,
+    )  # fmt: skip
     return h_PG, a_PF
 
 
-def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing) -> Tensor:
+def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
     """See backend.Backend."""
     y_PD = a_PF.new_empty((len(a_PF), w2_EDF.shape[1]))
-    _launch("down", a_PF, w2_EDF, y_PD, routing)
+    _launch("down", a_PF, w2_EDF, y_PD, routing, more=more)
     return y_PD
 
 
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing) -> Tensor:
+def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
     """See backend.Backend."""
     dx_PD = dh_PG.new_empty((len(dh_PG), w1_ECFD.shape[3]))
-    _launch("dx", dh_PG, w1_ECFD, dx_PD, routing)
+    _launch("dx", dh_PG, w1_ECFD, dx_PD, routing, more=more)
     return dx_PD
+
+
+def shrink(rows: Tensor, factor_ERK: Tensor, routing: Routing, tokens: bool) -> Tensor:
+    """See backend.Backend."""
+    rows_PR = rows.new_empty((len(routing.pair_of_row_P), factor_ERK.shape[1]))
+    _launch("shrink", rows, factor_ERK, rows_PR, routing, gather=tokens)
+    return rows_PR
 
 
 def dh(
@@ -267,6 +326,7 @@ def dh(
     need_dh: bool,
     need_wa: bool,
     need_dweight: bool,
+    more: Step | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See backend.Backend."""
     (rows, dim_g), dim_f = h_PG.shape, w2_EDF.shape[2]
@@ -278,7 +338,7 @@ def dh(
     _launch(
         "dh", dout_TD, w2_EDF, wa_PF if need_wa else None, routing, activation=activation, h_PG=h_PG,
         dh_PG=dh_PG if need_dh else None, weight_TK=weight_TK.contiguous(),
-        partial_NP=partial_NP if need_dweight else None,
+        partial_NP=partial_NP if need_dweight else None, more=more, gather=True,
     )  # fmt: skip
     dweight_TK = sum_dweight(partial_NP, routing, weight_TK) if need_dweight else weight_TK[:0].clone()
     return dh_PG, wa_PF, dweight_TK

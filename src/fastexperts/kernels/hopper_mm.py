@@ -47,6 +47,7 @@ from fastexperts.kernels.ring import (
     swizzle,
     swizzled,
 )
+from fastexperts.weights import Step
 
 H_SLOTS = gl.constexpr(2)  # slots of h, SLICE columns of both parts each
 FAST = gl.constexpr(True)
@@ -78,7 +79,7 @@ def _load_w(
 
 @gluon.jit
 def _mm_producer(
-    a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
+    a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, R: gl.constexpr,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     GATED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, EVEN_K: gl.constexpr,
@@ -121,6 +122,15 @@ def _mm_producer(
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
                 tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.index(slot))
+            slot, phase = advance(slot, phase, STAGES)
+        for r0 in gl.static_range(0, R, BK):
+            mbarrier.wait(empty.index(slot), phase)
+            bar = full.index(slot)
+            mbarrier.expect(bar, (BM + BN) * BK * 2)
+            _load_w(more_w, i_e, r0, n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
+            tma.async_copy_global_to_shared(more_a, [row0, r0], bar, a_s.index(slot))
+            if GATHER:
+                async_copy.mbarrier_arrive(bar, increment_count=False)
             slot, phase = advance(slot, phase, STAGES)
         if EPILOGUE == "dact":
             # h follows through slots of its own, SLICE columns each
@@ -248,15 +258,17 @@ def _hopper_mm(
     dh,  # ragged descriptor [P, C, N]
     p_weight,  # [P] by pair
     p_dweight,  # [NB, P] by row: partial sums
+    more_a,  # descriptor [P, R]
+    more_w,  # descriptor (E, C, N, R), or (E, 1, R, N) with KN
     p_pair_of_row,  # [P]
     p_schedule,  # [S, 3]
     stride_a, N, K, num_rows,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr,
     FN: gl.constexpr, GATED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
-    PARTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, EVEN_K: gl.constexpr,
-    LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
+    PARTS: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    EVEN_K: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent; see grouped_mm._grouped_mm for what a block is."""
     FILLS: gl.constexpr = 129 if GATHER else 1  # the producer's threads, and the copy engine's bytes
@@ -272,16 +284,18 @@ def _hopper_mm(
         h_full, h_empty = barriers(H_SLOTS, 1)
         h_ring = (h_s, h_full, h_empty)
     fence_async_shared()
+    # the consumers see one contraction, the further step behind it
+    length = gl.cdiv(K, BK) * BK + (R + BK - 1) // BK * BK
     gl.warp_specialize(
         [
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
-                            N, K, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, FN, GATED,
-                            ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
+                            N, length, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT,
+                            FN, GATED, ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
-                            N, K, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, FN, GATED,
-                            ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
-            (_mm_producer, (a, w, h, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, TOP_K, GATHER,
-                            PARTS, KN, EPILOGUE, GATED, BM, BN, BK, GROUP, STAGES, EVEN_K)),
+                            N, length, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT,
+                            FN, GATED, ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
+            (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
+                            R, TOP_K, GATHER, PARTS, KN, EPILOGUE, GATED, BM, BN, BK, GROUP, STAGES, EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
@@ -294,6 +308,7 @@ def serves(
     out_PN: Tensor | None,
     h_PG: Tensor | None,
     dh_PG: Tensor | None,
+    more: Step | None,
     *,
     kn: bool,
     gather: bool,
@@ -301,7 +316,7 @@ def serves(
     """Whether `plan` takes these operands; with `kn`, parts must follow each other."""
     dim_n = w_EC__.shape[3 if kn else 2]
     split = [t.unflatten(1, (-1, dim_n)) for t in (h_PG, dh_PG) if t is not None]
-    tensors = [a, w_EC__, *split, *([] if out_PN is None else [out_PN])]
+    tensors = [a, w_EC__, *split, *([] if out_PN is None else [out_PN]), *(more or ())]
     return (not kn or w_EC__.shape[1] == 1) and (not gather or gatherable(a)) and available(*tensors)
 
 
@@ -312,6 +327,7 @@ def plan(
     out_PN: Tensor | None,
     h_PG: Tensor | None,
     dh_PG: Tensor | None,
+    more: Step | None,
     dim_k: int,
     dim_n: int,
     options: dict[str, Any],
@@ -325,19 +341,29 @@ def plan(
     def split(tensor: Tensor | None, how: Callable[..., Described], rows: int) -> Described | None:
         return None if tensor is None else how(tensor.unflatten(1, (-1, dim_n)), [rows, 1, box])
 
+    a_block, w_block = (
+        [BLOCK_M, BLOCK_K],
+        [1, 1, *([BLOCK_K, BLOCK_N] if kn else [BLOCK_N // parts, BLOCK_K])],
+    )
     return Plan(
         _hopper_mm,
         (
-            None if gather else described(a, [BLOCK_M, BLOCK_K]),
-            described(w_EC__, [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]),
+            None if gather else described(a, a_block),
+            described(w_EC__, w_block),
             None if out_PN is None else ragged(out_PN, [half, box]),
             split(h_PG, described, BLOCK_M) if name == "dh" else split(h_PG, ragged, half),
             split(dh_PG, ragged, half),
-            *(None,) * 4,
+            None,
+            None,
+            described(more.rows_PR, a_block) if more else None,
+            described(more.w, w_block) if more else None,
+            None,
+            None,
         ),
         (a.stride(0), dim_n, dim_k),
         dict(
-            options, PARTS=1 if kn else parts, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
+            options, PARTS=1 if kn else parts,
+            R=more.rows_PR.shape[1] if more else 0, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
             STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
             EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2),
             DTYPE=gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16,

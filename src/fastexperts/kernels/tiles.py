@@ -8,14 +8,14 @@ its batch.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastexperts import settings
 from fastexperts.errors import refuse
 
-PASSES = ("up", "down", "dh", "dx", "dw")
+PASSES = ("up", "down", "dh", "dx", "dw", "shrink")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,14 @@ RINGS: dict[str, Ring] = {
 }
 
 
+def narrowed(tile: Tile, **dims: int) -> Tile:
+    """`tile`, no larger than a product with this few rows (`m`) and columns (`n`) needs."""
+    fitting = {
+        name: min(getattr(tile, name), max(16, 1 << (dim - 1).bit_length())) for name, dim in dims.items()
+    }
+    return replace(tile, **fitting, subtiles=1 if fitting["n"] < tile.n else tile.subtiles)
+
+
 def _small(m: int, warps: int = 4) -> dict[str, Tile]:
     return dict.fromkeys(PASSES, Tile(m, m, 32, warps=warps, stages=2, subtiles=2))
 
@@ -85,6 +93,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dh": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=8),
         "dx": Tile(128, 256, 64, stages=3, group=16, flatten=True, subtiles=2),
         "dw": Tile(128, 256, 64, stages=3, subtiles=2),
+        "shrink": Tile(128, 128, 64, warps=4, programs_per_sm=0),
     },
     ("sm90 pointers", 2): {  # not flattened: address arithmetic does not pipeline across blocks
         "up": Tile(128, 128, 64, programs_per_sm=0, subtiles=4),
@@ -92,6 +101,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dh": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=8),
         "dx": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=2),
         "dw": Tile(128, 256, 64, stages=3, subtiles=2),
+        "shrink": Tile(128, 128, 64, warps=4, programs_per_sm=0),
     },
     ("sm80", 2): {
         "up": Tile(128, 64, 64, stages=3),
@@ -99,6 +109,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dh": Tile(128, 128, 32, stages=3, subtiles=4),
         "dx": Tile(128, 128, 64, stages=3),
         "dw": Tile(128, 128, 32, stages=3),
+        "shrink": Tile(128, 128, 32, stages=3),
     },
     ("gpu", 4): _small(64, warps=8),  # 4 warps spill: up 13 KB a thread
     ("gpu", 8): _small(16),

@@ -1,0 +1,99 @@
+"""Low-rank updates of the experts: output and every gradient against the folded weight in fp64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from spies import poison, use_interpreter
+from support import Case, Error, build
+
+from fastexperts import Weight, moe_mlp, moe_mlp_reference
+from fastexperts.weights import Lora
+
+NAMES = ("x", "weight", "a1", "b1", "a2", "b2")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A layer with frozen experts and updates of rank `r`; a rank of 0 leaves a projection alone."""
+
+    case: Case
+    r1: int = 16
+    r2: int = 16
+    scale: float = 2.0
+    factors: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        return f"{self.case}-r{self.r1},{self.r2}-{self.scale}-{self.factors}"
+
+    def tensors(self, dtype=None):
+        """{name: leaf} in `dtype`, by default as the case says."""
+        inputs = build(self.case)
+        generator = torch.Generator().manual_seed(7)
+        d, f = self.case.dims
+        e, parts = self.case.experts, self.case.act.parts
+        made = {"x": inputs.x, "weight": inputs.weight}
+        for name, shape, fan in (
+            ("a1", (e, self.r1, d), d),
+            ("b1", (e, parts * f, self.r1), self.r1),
+            ("a2", (e, self.r2, f), f),
+            ("b2", (e, d, self.r2), self.r2),
+        ):
+            if 0 not in shape:
+                factor = torch.randn(*shape, generator=generator, dtype=torch.float64) / fan**0.5
+                made[name] = factor.to(self.factors or self.case.dtype)
+        leaves = {name: t.detach().to(dtype or t.dtype).requires_grad_() for name, t in made.items()}
+        return inputs, leaves
+
+    def run(self, function, dtype=None):
+        inputs, leaves = self.tensors(dtype)
+        w1, w2, dout = (t.to(dtype or t.dtype) for t in (inputs.w1, inputs.w2, inputs.dout))
+        lora1 = Lora(leaves["a1"], leaves["b1"], self.scale) if self.r1 else None
+        lora2 = Lora(leaves["a2"], leaves["b2"], self.scale) if self.r2 else None
+        out = function(
+            leaves["x"], inputs.ids, leaves["weight"], Weight(w1, lora=lora1), Weight(w2, lora=lora2),
+            activation=self.case.act,
+        )  # fmt: skip
+        grads = torch.autograd.grad(out, list(leaves.values()), dout)
+        return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+F32, F64, F16 = torch.float32, torch.float64, torch.float16
+CASES = [
+    Adapted(Case(tokens=33, experts=4, dims=(48, 80)), 16, 16),
+    Adapted(Case(tokens=33, experts=7, dims=(97, 47), routing="sentinels", dtype=F64), 3, 5),
+    Adapted(Case(tokens=70, experts=5, dims=(48, 80), routing="one empty", dtype=F64), 16, 16, 0.3),
+    Adapted(Case(tokens=33, experts=4, dims=(48, 80), activation="gpt_oss"), 8, 0),
+    Adapted(Case(tokens=33, experts=4, dims=(48, 80), activation="relu2"), 0, 8, 1.5),
+    Adapted(Case(tokens=33, experts=3, dims=(32, 16), tma=False), 24, 100),
+    Adapted(Case(tokens=40, experts=2, dims=(32, 16), routing="duplicates", dtype=F64), 128, 1),
+    Adapted(Case(tokens=33, experts=4, dims=(48, 80), routing="last only"), 5, 16),
+    Adapted(Case(tokens=129, experts=16, top_k=1, dims=(32, 16)), 4, 4),
+    Adapted(Case(tokens=33, experts=4, dims=(48, 80), dtype=F16), 16, 16, 2.0, F32),
+    Adapted(Case(tokens=33, experts=4, dims=(48, 80), dtype=F16), 7, 9, 0.5),
+    Adapted(Case(tokens=1, experts=4, dims=(48, 80), routing="all sentinels"), 4, 4),
+    Adapted(Case(tokens=0, experts=4, dims=(48, 80)), 4, 4),
+]
+
+
+@pytest.fixture(params=["triton", "torch"])
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        use_interpreter(monkeypatch)
+    else:
+        monkeypatch.setenv("FASTEXPERTS_BACKEND", "torch")
+    return request.param
+
+
+@pytest.mark.parametrize("adapted", CASES, ids=str)
+def test_output_and_every_gradient(adapted, backend, monkeypatch):
+    monkeypatch.setenv("FASTEXPERTS_TMA", str(int(adapted.case.tma)))
+    with poison():
+        got = adapted.run(moe_mlp)
+    eager, ref = adapted.run(moe_mlp_reference), adapted.run(moe_mlp_reference, F64)
+    assert got.keys() == ref.keys()
+    for name, value in got.items():
+        assert value.dtype == eager[name].dtype
+        error = Error(name, adapted.case.dtype)
+        error.add(value, eager[name], ref[name])
+        error.check()
