@@ -1,8 +1,9 @@
 """Run by test_offline.py without the interpreter: compile every pass for one architecture, print what came.
 
-    python compile_offline.py ARCH DTYPE WEIGHT_DTYPE PATH ACTIVATION
+    python compile_offline.py ARCH DTYPE WEIGHT_DTYPE PATH ACTIVATION RANK
 
-PATH: pointers, descriptors, or ring (the kernels for Hopper).
+PATH: pointers, descriptors, or ring (the kernels for Hopper). RANK: of updates of both projections, whose
+gradients then replace those of the weights; 0 for none.
 
 One JSON object a line: kernel, spilled bytes, registers, shared memory, counts of instructions in the PTX.
 """
@@ -20,6 +21,7 @@ import triton
 from offline import offline
 
 from fastexperts import ACTIVATIONS, kernels
+from fastexperts.weights import Step
 
 TOKENS, TOP_K, EXPERTS, DIM_D, DIM_F = 64, 8, 8, 2048, 768
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg")
@@ -43,6 +45,33 @@ def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block
     kernels.dw2(x, wa, routing, w2.to(weights))
 
 
+def launch_every_pass_with_updates(dtype: torch.dtype, name: str, block_m: int, rank: int) -> None:
+    """As moe.forward and moe.backward with frozen experts and updates of both projections."""
+    act = ACTIVATIONS[name]
+    ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64)
+    routing = kernels.route(ids, EXPERTS, block_m)
+
+    def zeros(*dims: int) -> torch.Tensor:
+        return torch.zeros(*dims, dtype=dtype)
+
+    x, weight, rows = zeros(TOKENS, DIM_D), torch.zeros(TOKENS, TOP_K), zeros(TOKENS * TOP_K, rank)
+    w1, w2 = zeros(EXPERTS, act.parts, DIM_F, DIM_D), zeros(EXPERTS, DIM_D, DIM_F)
+    a1, b1 = zeros(EXPERTS, rank, DIM_D), zeros(EXPERTS, act.parts, DIM_F, rank)
+    a2, b2 = zeros(EXPERTS, rank, DIM_F), zeros(EXPERTS, DIM_D, rank)
+    xa = kernels.shrink(x, a1, routing, tokens=True)
+    h, a = kernels.up(x, w1, routing, act, True, Step(xa, b1))
+    y = kernels.down(a, w2, routing, Step(kernels.shrink(a, a2, routing, tokens=False), b2))
+    kernels.combine(y, weight, routing, dtype)
+    db = kernels.shrink(x, b2.transpose(1, 2), routing, tokens=True)
+    dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, True, True, True, Step(db, a2))
+    kernels.dw(db, wa, routing, a2)
+    kernels.dw2(x, rows, routing, b2)
+    dxa = kernels.shrink(dh, b1.flatten(1, 2).transpose(1, 2), routing, tokens=False)
+    kernels.combine(kernels.dx(dh, w1, routing, Step(dxa, a1)), None, routing, dtype)
+    kernels.dw1(dxa, x, routing, a1[:, None])
+    kernels.dw(dh, xa, routing, b1.flatten(1, 2))
+
+
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:
     """Of `ptxas -v`, with no optimisation left out."""
     ptx = kernel.asm["ptx"]
@@ -62,16 +91,18 @@ def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:
 
 
 def main() -> None:
-    arch, dtype, weights, path, activation = sys.argv[1:]
+    arch, dtype, weights, path, activation, rank = sys.argv[1:]
     os.environ["FASTEXPERTS_TMA"] = "0" if path == "pointers" else "1"
     ptxas = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
     with offline(int(arch), path == "ring") as compiled:
         from fastexperts.kernels import tiles
 
         dtype = getattr(torch, dtype)
-        launch_every_pass(
-            dtype, getattr(torch, weights), activation, tiles.block_m(torch.device("cpu"), dtype)
-        )
+        block_m = tiles.block_m(torch.device("cpu"), dtype)
+        if int(rank):
+            launch_every_pass_with_updates(dtype, activation, block_m, int(rank))
+        else:
+            launch_every_pass(dtype, getattr(torch, weights), activation, block_m)
     for name, kernel in compiled:
         print(json.dumps({"kernel": name, **verdict(kernel, int(arch), ptxas)}))
 

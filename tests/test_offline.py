@@ -17,23 +17,36 @@ pytestmark = pytest.mark.skipif(not PTXAS.exists(), reason=f"needs Triton's ptxa
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 GEMMS = {"_grouped_mm": 4, "_grouped_dw": 2}
 RING = {"_hopper_mm": 4, "_hopper_dw": 2}
+WITH_UPDATES = {"_grouped_mm": 8, "_grouped_dw": 4, "_gather": 2}
+RING_WITH_UPDATES = {"_hopper_mm": 4, "_grouped_mm": 4, "_hopper_dw": 2, "_grouped_dw": 2}
 OTHERS = {"_count": 1, "_scan": 1, "_place": 1, "_combine": 2, "_sum_dweight": 1}
 
 
 def compiled(
-    arch: int, dtype="bfloat16", weights=None, path="descriptors", activation="swiglu", spills: float = 64
+    arch: int,
+    dtype="bfloat16",
+    weights=None,
+    path="descriptors",
+    activation="swiglu",
+    spills: float = 64,
+    rank: int = 0,
 ) -> list[dict]:
-    """One entry per GEMM of a forward and backward, from a process without the interpreter."""
+    """One entry per GEMM of a forward and backward, from a process without the interpreter. rank: of updates
+    of frozen experts.
+    """
     script = Path(__file__).parent / "compile_offline.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), str(arch), dtype, weights or dtype, path, activation]
+    command = [sys.executable, str(script), str(arch), dtype, weights or dtype, path, activation, str(rank)]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=False, timeout=500
     )
     assert result.returncode == 0, result.stderr[-3000:]
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     names = [kernel["kernel"] for kernel in kernels]
-    products = RING if path == "ring" else GEMMS | {"_gather": 2}  # the ring gathers by itself
+    if rank:
+        products = RING_WITH_UPDATES if path == "ring" else WITH_UPDATES
+    else:
+        products = RING if path == "ring" else GEMMS | {"_gather": 2}  # the ring gathers by itself
     assert {name: names.count(name) for name in names} == OTHERS | products
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[arch], kernel
@@ -60,6 +73,22 @@ def test_hopper_with_fp32_gradients_of_bf16_products():
     """What autocast over fp32 weights asks of dw: blocks of twice the bytes to store."""
     assert len(compiled(90, weights="float32")) == 6
     assert len(compiled(90, weights="float32", path="ring")) == 6
+
+
+@pytest.mark.parametrize(("path", "rank"), [("ring", 16), ("pointers", 128)])
+def test_hopper_with_updates_of_frozen_experts(path, rank):
+    """One more step of each product's contraction; the ring takes all four."""
+    kernels = compiled(90, path=path, rank=rank)
+    assert len(kernels) == 12
+    assert sum(kernel["wgmma.mma_async"] > 0 for kernel in kernels) >= 10, kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("path", ["ring", "descriptors", "pointers"])
+@pytest.mark.parametrize("rank", [16, 48, 128])
+def test_hopper_with_updates_of_any_rank(rank, path, dtype):
+    assert len(compiled(90, dtype, path=path, rank=rank)) == 12
 
 
 def test_ampere():
