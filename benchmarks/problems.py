@@ -131,8 +131,8 @@ def _pointers(on: bool) -> Iterator[None]:
             os.environ["FASTEXPERTS_TMA"] = before
 
 
-def _transformers_layer(problem: Problem, implementation: str) -> Callable[[], Tensor]:
-    """The call of transformers' Qwen3-MoE experts under `implementation`, on the problem's own tensors."""
+def transformers_experts(problem: Problem, implementation: str) -> torch.nn.Module:
+    """Transformers' Qwen3-MoE experts under `implementation`, on the problem's own tensors."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -147,6 +147,11 @@ def _transformers_layer(problem: Problem, implementation: str) -> Callable[[], T
     with torch.device("meta"):
         experts = Qwen3MoeExperts(config)
     experts.gate_up_proj, experts.down_proj = problem.w1_EGD, problem.w2_EDF
+    return experts
+
+
+def _transformers_layer(problem: Problem, implementation: str) -> Callable[[], Tensor]:
+    experts = transformers_experts(problem, implementation)
     return lambda: experts(problem.x_TD, problem.ids_TK, problem.weight_TK)
 
 
@@ -161,10 +166,10 @@ def loop_fp64(problem: Problem) -> tuple[Tensor, ...]:
 def deviations(results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
     """|result - truth| / |truth|, Frobenius, of the output and of each gradient."""
     names = ("out", *GRADIENTS)
-    return {name: _relative(*pair) for name, *pair in zip(names, results, truth, strict=True)}
+    return {name: relative(*pair) for name, *pair in zip(names, results, truth, strict=True)}
 
 
-def _relative(value: Tensor, truth: Tensor) -> float:
+def relative(value: Tensor, truth: Tensor) -> float:
     rows = max(1, (1 << 26) // max(1, truth[0].numel()))  # fp64 copies of 64 M elements at a time
     difference = norm = 0.0
     for part, of_truth in zip(value.detach().split(rows), truth.detach().split(rows), strict=True):

@@ -12,12 +12,25 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_report import lora_section, model_section
 from plots import plot_layer, plot_shapes
-from results import DEFAULT, OURS, Breakdown, Record, Row, breakdown_of, dense_of, rows_of, shares
+from results import (
+    DEFAULT,
+    OURS,
+    Breakdown,
+    Record,
+    Row,
+    breakdown_of,
+    dense_of,
+    rows_of,
+    shares,
+)
+from tables import environment_line, table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+KINDS = {"rows", "compile", "lora", "lora_model"}  # a record has one of these keys
 
 DEFINITIONS = """\
 - **FLOPs**: 6 T K D F forward, 18 T K D F forward + backward: T tokens, K experts of each, D model dim, F
@@ -38,19 +51,6 @@ DEFINITIONS = """\
 - **NAME-fp32**: fp32 weights and tokens under bf16 autocast. **NAME-pointers**: the path without tensor
   descriptors (FASTEXPERTS_TMA=0), as on GPUs before Hopper.
 """
-
-
-def table(heads: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
-    heads = list(heads)
-    rows = [heads, ["---"] * len(heads), *([str(cell) for cell in line] for line in lines)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
-
-
-def environment_line(record: Record) -> str:
-    """Card and versions; the command stands by itself."""
-    values = {name: value for name, value in record["environment"].items() if name != "command"}
-    card = values.pop("card")
-    return ", ".join([card, *(f"{name} {value}" for name, value in values.items())])
 
 
 def layer_table(rows: list[Row]) -> str:
@@ -267,6 +267,13 @@ def page(records: dict[str, Record]) -> str:
     for record in records.values():
         if "compile" in record:
             text += f"\n## Compilation\n\n{compile_section(record)}"
+    for record in records.values():
+        if "lora" in record:
+            text += f"\n## LoRA of frozen experts\n\n{lora_section(record)}"
+    for record in records.values():
+        if "lora_model" in record:
+            many = f"{record['lora_model']['layers']} layers"
+            text += f"\n## A training step of LoRA, {many}\n\n{model_section(record)}"
     commands = "\n".join(record["environment"]["command"] for record in records.values())
     return (
         text
@@ -305,7 +312,7 @@ def load() -> dict[str, Record]:
     records = {
         path.name.removesuffix(".json"): json.loads(path.read_text()) for path in RESULTS.glob("*.json")
     }
-    known = {name: record for name, record in records.items() if {"rows", "compile"} & record.keys()}
+    known = {name: record for name, record in records.items() if KINDS & record.keys()}
 
     def order(name: str) -> tuple[bool, int, str]:
         rows = known[name].get("rows", [])

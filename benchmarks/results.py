@@ -59,6 +59,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class LoraRow(Row):
+    """A row of lora.py. `baddbmm`: folds of a weight in one step."""
+
+    rank: int = 0
+    baddbmm: int | None = None
+
+    @property
+    def tflops(self) -> tuple[float, float]:
+        """(forward, forward + backward) of the frozen layer, 6*T*K*D*F and 12*T*K*D*F, over the times."""
+        forward, step = super().tflops
+        return forward, step * 2 / 3
+
+
+@dataclass(frozen=True)
 class PassRow:
     """One step of our layer alone. `dense_ms`: the dense product of the same FLOPs, None without products."""
 
@@ -154,6 +168,11 @@ def write_layer(
     write(output, {"environment": environment, "rows": [asdict(row) for row in rows], "breakdown": steps})
 
 
+def write_lora(output: str, rows: Iterable[LoraRow], environment: dict[str, str]) -> None:
+    """`output`.json of lora.py."""
+    write(output, {"environment": environment, "lora": {"rows": [asdict(row) for row in rows]}})
+
+
 def write(output: str, record: Record) -> None:
     """`output`.json, whole or not at all: a run can be cut at any moment."""
     path = Path(f"{output}.json")  # dots in the name stay
@@ -167,6 +186,10 @@ def rows_of(record: Record) -> list[Row]:
     """Fields that this version does not know (ones that follow from others) are left."""
     known = {field.name for field in fields(Row)}
     return [Row(**{name: value for name, value in row.items() if name in known}) for row in record["rows"]]
+
+
+def lora_rows_of(record: Record) -> list[LoraRow]:
+    return [LoraRow(**row) for row in record["lora"]["rows"]]
 
 
 def breakdown_of(record: Record) -> Breakdown | None:
