@@ -88,7 +88,8 @@ def factors(grad):
     """[a1, b1, a2, b2] of ranks 3 and 5."""
     (d, f), e = CASE.dims, CASE.experts
     shapes = ((e, 3, d), (e, 2 * f, 3), (e, 5, f), (e, d, 5))
-    return [torch.randn(shape, requires_grad=grad) for shape in shapes]
+    strided = [torch.randn(shape[::-1]).permute(2, 1, 0) for shape in shapes]  # as PEFT stores them, nearly
+    return [factor.requires_grad_(grad) for factor in strided]
 
 
 @pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "shrink", "dw", "dw1", "dw2"])

@@ -208,7 +208,8 @@ def test_what_is_kept_for_backward_is_x_h_weights_and_routing(autocast):
     x_TD, ids_TK, weight_TK = layer_inputs(module)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), saved_for_backward() as saved:
         module(x_TD, ids_TK, weight_TK)
-    floats = [tensor for tensor in saved if tensor.is_floating_point()]
+    # without an update nothing is kept of one: two empty tensors
+    floats = [tensor for tensor in saved if tensor.is_floating_point() and tensor.numel()]
     h_PG = [tensor for tensor in floats if tensor.shape == (33 * 2, 2 * 12)]
     assert [tensor.dtype for tensor in h_PG] == [torch.bfloat16 if autocast else torch.float32]
     references = {x_TD, weight_TK, module.gate_up_proj, module.down_proj}

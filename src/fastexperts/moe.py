@@ -287,8 +287,10 @@ def _(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    x_TD, weight_TK, *_ = primals
-    grads = [t.new_empty(t.shape) for t in (x_TD, weight_TK)] + [torch.empty_like(t) for t in primals[2:]]
+    x_TD, weight_TK, w1_ECFD, w2_EDF, *factors = primals
+    strided = [torch.empty_like(w) for w in (w1_ECFD, w2_EDF)]  # as the parameters; the others are contiguous
+    grads = [x_TD.new_empty(x_TD.shape), weight_TK.new_empty(weight_TK.shape), *strided]
+    grads += [factor.new_empty(factor.shape) for factor in factors]
     return [grad if need else x_TD.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
 
 

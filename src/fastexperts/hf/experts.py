@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastexperts.activations import Activation
 from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.hf import peft
 from fastexperts.hf.gate import WAY_OUT, activation_of
 from fastexperts.hf.inventory import (
     Row,
@@ -37,6 +38,7 @@ def register() -> None:
     """Make `experts_implementation="fastexperts"` valid wherever transformers takes one; idempotent.
 
     That is `from_pretrained`, `from_config`, `set_experts_implementation` and TRL's `model_init_kwargs`.
+    PEFT's adapters on the experts of such a model run without a folded weight from then on.
     Raises FastexpertsError if torch or transformers is missing or older than we serve.
     """
     for package, oldest in OLDEST.items():
@@ -46,6 +48,7 @@ def register() -> None:
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, fp8_experts_forward)
+    peft.install(NAME)
 
 
 def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool = True) -> Summary:
@@ -100,16 +103,22 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     output has. Raises FastexpertsError for a flag, a gate or a weight that cannot be served.
     """
     check_flags(self)
-    w1, w2 = self.gate_up_proj if self.has_gate else self.up_proj, self.down_proj
+    w1_name, w2_name = _weight_names(self)
+    w1, w2 = getattr(self, w1_name), getattr(self, w2_name)
     if not torch.compiler.is_compiling():
-        for name, w in zip(_weight_names(self), (w1, w2), strict=True):
+        for name, w in ((w1_name, w1), (w2_name, w2)):
             _check_plain(self, name, w)
     return moe_mlp(
         hidden_states,
         top_k_index,
         top_k_weights,
-        Weight(w1, transposed=self.is_transposed, interleaved=not self.is_concatenated),
-        Weight(w2, transposed=self.is_transposed),
+        Weight(
+            w1,
+            transposed=self.is_transposed,
+            interleaved=not self.is_concatenated,
+            lora=peft.update_of(self, w1_name),
+        ),
+        Weight(w2, transposed=self.is_transposed, lora=peft.update_of(self, w2_name)),
         activation=activation_of(self),
         # transformers < 5.23 does not say, and sends the same sentinels.
         expert_parallel=getattr(self, "_is_expert_parallel", True),

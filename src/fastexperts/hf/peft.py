@@ -1,0 +1,88 @@
+"""PEFT's adapters on fused experts: the factors reach our experts function, and no folded weight is built.
+
+PEFT wraps an experts module in one `ParamWrapper` per adapted parameter. Around each forward it would put
+`W + scale * B A` in the place of the parameter, a copy of every expert. Where our function runs, the wrapper
+lays its factors on the module instead, for the length of the call; everything else of PEFT stays as it is:
+names, files, merging, switching and disabling adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from fastexperts.dtypes import DTYPES
+from fastexperts.hf.inventory import in_interface
+from fastexperts.weights import Lora
+
+_ATTRIBUTE = "_fastexperts_lora"
+_OURS = "_fastexperts_hands_over"
+
+
+def install(name: str) -> None:
+    """Let PEFT's wrappers hand their factors to modules whose experts implementation is `name`; idempotent.
+
+    Without PEFT there is nothing to do: one that is installed later needs `register()` again.
+    """
+    if find_spec("peft") is None:
+        return
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if not hasattr(ParamWrapper._activate_lora, _OURS):
+        ParamWrapper._activate_lora = _handing_over(ParamWrapper._activate_lora, name)
+
+
+def update_of(module: Any, parameter: str) -> Lora | None:
+    """What active adapters add to a parameter of `module` in this call, as [E, r, in] and [E, out, r]."""
+    updates = module.__dict__.get(_ATTRIBUTE, {}).get(parameter)
+    return Lora.of(updates) if updates else None
+
+
+def _handing_over(fold: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    @functools.wraps(fold)
+    def activate(wrapper: Any, active_adapters: list[str]) -> Iterator[None]:
+        module, parameter = wrapper.get_base_layer(), wrapper.parameter_name
+        adapters = [adapter for adapter in active_adapters if adapter in wrapper.lora_A]
+        if not adapters or not _serves(module, parameter, name):
+            with fold(wrapper, active_adapters):
+                yield
+            return
+        handed = module.__dict__.setdefault(_ATTRIBUTE, {})
+        handed[parameter] = [_lora(wrapper, adapter, module.is_transposed) for adapter in adapters]
+        try:
+            yield
+        finally:
+            del handed[parameter]
+
+    setattr(activate, _OURS, True)
+    return activate
+
+
+def _serves(module: Any, parameter: str, name: str) -> bool:
+    """Whether our function runs as the forward of `module` and takes the update of `parameter` from here."""
+    if not in_interface(module) or module.config._experts_implementation != name:
+        return False
+    weight = module._parameters.get(parameter)
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    return parameter in names and weight is not None and weight.dim() == 3 and weight.dtype in DTYPES
+
+
+def _lora(wrapper: Any, adapter: str, transposed: bool) -> Lora:
+    """The factors of an adapter. PEFT stores A by expert, [E * r, .], and B by rank, [., r * E]; which of the
+    two faces the outputs depends on what it took for them when it was made.
+    """
+    experts = wrapper.num_experts
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    a_ERI: Tensor = a.unflatten(0, (experts, -1))
+    b_EOR: Tensor = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
+    in_last = bool(wrapper._did_swap_in_out_features)  # PEFT's delta is [E, O, I], else [E, I, O]
+    if in_last == transposed:
+        # the stored weight's outputs face A: the update is A^T B^T
+        a_ERI, b_EOR = b_EOR.transpose(1, 2), a_ERI.transpose(1, 2)
+    return Lora(a_ERI, b_EOR, wrapper.scaling[adapter])
