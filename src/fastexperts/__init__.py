@@ -5,8 +5,8 @@
     fastexperts.register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="fastexperts")
 
-Importing needs PyTorch alone: transformers is imported by `register` and `enable`, Triton by the first GPU
-call.
+Importing needs PyTorch alone: transformers is imported by `register` and `enable`, PEFT by `lora_config`,
+Triton by the first GPU call.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastexperts.weights import Weight
 
 if TYPE_CHECKING:
     from fastexperts.hf.experts import enable, register
+    from fastexperts.hf.lora import lora_config
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,12 +34,17 @@ __all__ = [
     "Weight",
     "__version__",
     "enable",
+    "lora_config",
     "moe_mlp",
     "moe_mlp_reference",
     "register",
 ]
 
-_LAZY = {"enable": "fastexperts.hf.experts", "register": "fastexperts.hf.experts"}
+_LAZY = {
+    "enable": "fastexperts.hf.experts",
+    "lora_config": "fastexperts.hf.lora",
+    "register": "fastexperts.hf.experts",
+}
 
 
 def __getattr__(name: str) -> Any:
