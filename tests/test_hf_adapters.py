@@ -5,16 +5,16 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support_hf import relative, tiny_model, tokens
+from support_adapters import EXPERTS, Trained, config_of
+from support_hf import relative
 
 from fastexperts.errors import FastexpertsError
-from fastexperts.hf.adapters import CONFIG, WEIGHTS, differences, read_adapter, write_adapter
-from fastexperts.hf.checkpoint import load_base, new_folder, open_checkpoint
+from fastexperts.hf.adapters import CONFIG, WEIGHTS, differences, read_adapter
+from fastexperts.hf.checkpoint import new_folder, open_checkpoint
 
 LAYER = "base_model.model.model.layers.1"
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # r unlike E and above it; r = E; D = 2F, where [D, 2F] of gate and up is square.
 CASES = {
     "r below E": {"r": 3},
@@ -25,52 +25,12 @@ CASES = {
 }
 
 
-class Trained:
-    """A tiny base and a stock PEFT adapter of it, both saved, with the logits of the two together."""
-
-    def __init__(self, folder, family="qwen3_moe", r=3, overrides=None, **lora):
-        self.family, self.overrides = family, overrides or {}
-        self.base_folder, self.folder = folder / "base", folder / "adapter"
-        self.model().save_pretrained(self.base_folder, max_shard_size="40KB")
-        lora = {"target_parameters": EXPERTS, "target_modules": ["q_proj"], "lora_alpha": 5} | lora
-        model = get_peft_model(self.model(), LoraConfig(r=r, **lora))
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        model.save_pretrained(self.folder)
-        self.logits = self.run(model)
-        self.base = load_base(self.base_folder)
-        self.adapter = read_adapter(self.folder, self.base)
-
-    def model(self):
-        return tiny_model(self.family, "eager", **self.overrides)
-
-    @torch.no_grad()
-    def run(self, model):
-        return model.eval()(tokens()).logits
-
-    def stock(self, folder):
-        """The logits of stock PEFT with the adapter in `folder`."""
-        return self.run(PeftModel.from_pretrained(self.model(), folder))
-
-    def written(self, layout, folder, adapter=None):
-        folder.mkdir()
-        self.notes = write_adapter(adapter or self.adapter, self.base, layout, folder)
-        return folder
-
-
 @pytest.fixture
 def trained(tmp_path):
     def make(family="qwen3_moe", **arguments):
         return Trained(tmp_path, family, **arguments)
 
     return make
-
-
-def config_of(folder):
-    return json.loads((folder / CONFIG).read_text())
 
 
 def assert_same_file(a, b):

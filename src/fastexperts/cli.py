@@ -1,4 +1,4 @@
-"""The command line, `fastexperts train RECIPE.yaml` and `fastexperts demo`: thin calls into the library."""
+"""The command line, `fastexperts train RECIPE.yaml` and the like: thin calls into the library."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ app = typer.Typer(
 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder of the run; it has to be new or empty.")
+]
+NewFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the result; it has to be new or empty.")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(help="The adapter's model, a folder or a name on the hub; default: what the adapter names."),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
 
@@ -77,6 +84,43 @@ def demo(output: Output = None, steps: Steps = None) -> None:
     if not run_demo(output, steps=steps or STEPS).passed:
         typer.echo("Error: a check failed, see the table. Please report it, with report.json.", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder of an adapter, or of a checkpoint to stack.")],
+    output: NewFolder,
+    to: Annotated[str, typer.Option(help="peft, per-expert, merged, scattermoe or qwen3-moe-fused.")],
+    base: BaseModel = None,
+    check: Annotated[
+        str, typer.Option(help="Of merged: logits, or weights where the model is too large to run.")
+    ] = "logits",
+) -> None:
+    """Write an adapter in another layout, or merged into its model; it is kept if it reads back right."""
+    quiet_libraries()
+    from fastexperts.hf.export import export_to
+
+    _report(export_to(source, to, output, base=base, check=check))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint or an adapter.")],
+    output: NewFolder,
+    layout: Annotated[str, typer.Option("--from", help="scattermoe or qwen3-moe-fused.")],
+    base: BaseModel = None,
+) -> None:
+    """Bring a checkpoint or adapter with stacked experts into transformers' and PEFT's own layout."""
+    quiet_libraries()
+    from fastexperts.hf.export import import_from
+
+    _report(import_from(source, layout, output, base=base))
+
+
+def _report(exported: Any) -> None:
+    for line in (*exported.checks, *exported.notes):
+        typer.echo(line)
+    typer.echo(f"Done: {exported.folder}")
 
 
 def quiet_libraries() -> None:

@@ -32,7 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 LAYOUTS = ("peft", "per-expert", "qwen3-moe-fused")
 
-_EMBEDDING = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
+EMBEDDING = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
 _UNSERVED = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices")
 
 
@@ -157,13 +157,13 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _rest_modules(rest: Mapping[str, Tensor]) -> list[str]:
     """The modules with an update among `rest`."""
-    matches = [FACTOR.match(key) or _EMBEDDING.match(key) for key in rest]
+    matches = [FACTOR.match(key) or EMBEDDING.match(key) for key in rest]
     return sorted({match["module"] for match in matches if match is not None})
 
 
 def _check_known(key: str, tensor: Tensor, base: Base) -> None:
     """Raise for a key that no module of the model, on disk or in memory, explains."""
-    match = FACTOR.match(key) or _EMBEDDING.match(key)
+    match = FACTOR.match(key) or EMBEDDING.match(key)
     if match is None:
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         if key.startswith(PREFIX) and (name in base.shapes or name in base.slots):

@@ -48,6 +48,8 @@ class Base:
     """Experts module -> its 3-D parameters [E, out, in], in the order that PEFT wraps them: as declared."""
     slots: dict[str, Slot]
     """Key on disk -> what it holds; the names that `save_pretrained` writes."""
+    tied: frozenset[str]
+    """Parameters that are one tensor with another one."""
 
     @cached_property
     def parts(self) -> dict[str, list[list[str]]]:
@@ -87,6 +89,8 @@ def load_base(source: str | Path) -> Base:
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(source))
+        with torch.device("meta"):
+            model = _empty(config)
     except (OSError, ValueError) as error:
         raise refuse(
             "load_base",
@@ -95,10 +99,6 @@ def load_base(source: str | Path) -> Base:
             needs="a folder or a hub name with the config.json of a transformers model",
             way_out="Name the model that the adapter was trained on with --base.",
         ) from error
-    architecture = (config.architectures or [""])[0]
-    cls = getattr(transformers, architecture, None)
-    with torch.device("meta"):
-        model = cls(config) if cls else transformers.AutoModelForCausalLM.from_config(config)
     modules = interface_modules(model)
     experts = {
         module: [f"{module}.{name}" for name, p in child.named_parameters(recurse=False) if p.dim() == 3]
@@ -129,7 +129,20 @@ def load_base(source: str | Path) -> Base:
         frozenset(name for name, _ in model.named_modules()),
         experts,
         _slots(model, state, [name for names in experts.values() for name in names]),
+        frozenset(name for pair in model.all_tied_weights_keys.items() for name in pair),
     )
+
+
+def model_class(config: Any) -> Any:
+    """The class that `config` was saved with, else the one that finds a causal language model."""
+    import transformers
+
+    return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
+
+
+def _empty(config: Any) -> Any:
+    cls = model_class(config)
+    return cls.from_config(config) if cls.__name__.startswith("Auto") else cls._from_config(config)
 
 
 def _slots(model: Any, state: Mapping[str, Tensor], experts: list[str]) -> dict[str, Slot]:
@@ -167,12 +180,29 @@ class Checkpoint:
         """Key -> its file."""
         return {key: file for file, keys in self.files.items() for key in keys}
 
-    def tensor(self, key: str) -> Tensor:
-        """The tensor under `key`, on the CPU."""
+    @cached_property
+    def _open(self) -> dict[str, Any]:
+        """File -> its open handle; what is read lies in memory only while it is used."""
         from safetensors import safe_open
 
-        with safe_open(self.folder / self.file_of[key], framework="pt") as file:
-            return file.get_tensor(key)
+        return {name: safe_open(self.folder / name, framework="pt") for name in self.files}
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor under `key`, on the CPU."""
+        return self._open[self.file_of[key]].get_tensor(key)
+
+    def part(self, key: str, expert: int, rows: slice) -> Tensor:
+        """`rows` of one expert of the 3-D tensor under `key`; no more than these are read."""
+        return self._open[self.file_of[key]].get_slice(key)[expert, rows]
+
+    def shape(self, key: str) -> list[int]:
+        """The shape of the tensor under `key`, which is not read."""
+        return list(self._open[self.file_of[key]].get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of the tensor under `key`, of which a row is read at most."""
+        part = self._open[self.file_of[key]].get_slice(key)
+        return (part[:1] if part.get_shape() else self.tensor(key)).dtype
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
