@@ -177,13 +177,21 @@ def test_ranks_and_scales_of_their_own(trained, tmp_path, rslora):
     root = (lambda r: r**0.5) if rslora else float
     assert scales == {"gate_up_proj": pytest.approx(9 / root(3)), "down_proj": pytest.approx(5 / root(4))}
     per_expert = made.written("per-expert", tmp_path / "per-expert")
-    assert "alpha_pattern" in made.notes[0]
-    assert "vLLM" in made.notes[0]
+    assert "alpha_pattern" in made.notes[-1]
+    assert "vLLM" in made.notes[-1]
+    assert ("use_rslora" in made.notes[0]) == rslora
     again = read_adapter(per_expert, made.base)
     assert differences(made.adapter, again) == []
     back = made.written("peft", tmp_path / "back", again)
     assert_same_file(made.folder, back)
     assert relative(made.stock(back), made.logits) <= 1e-6
+
+
+def test_what_peft_makes_of_rslora_per_expert_is_said(trained, tmp_path):
+    made = trained(use_rslora=True)
+    per_expert = made.written("per-expert", tmp_path / "per-expert")
+    assert "sqrt(2) too large" in made.notes[0]
+    assert relative(made.stock(per_expert), made.logits) > 0.05, "PEFT scales it right by now: drop the note"
 
 
 def test_some_layers_and_shared_experts_keep_to_themselves(trained, tmp_path):

@@ -151,11 +151,16 @@ def _alpha(config: Mapping[str, Any], target: Target) -> float:
 
 
 def _scale_notes(config: Mapping[str, Any], targets: list[Target]) -> list[str]:
-    """What goes wrong in a server that reads `r` and `lora_alpha` and no patterns."""
-    rank = config["r"]
+    """What goes wrong in readers that do not scale as PEFT's format says."""
+    rank, notes = config["r"], []
+    if config.get("use_rslora") and len({t.name.rpartition(".")[2] for t in targets}) > 1:
+        # It doubles rank and alpha, which keeps alpha / r and not alpha / sqrt(r).
+        notes.append(
+            "use_rslora: PEFT 0.21 joins gate and up with a scale sqrt(2) too large; give it --to peft"
+        )
     plain = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     odd = next((t for t in targets if not math.isclose(t.scale, plain, rel_tol=1e-9)), None)
-    if odd is None:
-        return []
-    own = f"{odd.name} is scaled by {odd.scale:g} through alpha_pattern"
-    return [f"{own}; servers that read only r and lora_alpha (vLLM) would scale it by {plain:g}"]
+    if odd is not None:
+        own = f"{odd.name} is scaled by {odd.scale:g} through alpha_pattern"
+        notes.append(f"{own}; servers that read only r and lora_alpha (vLLM) would scale it by {plain:g}")
+    return notes
