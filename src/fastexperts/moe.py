@@ -84,7 +84,10 @@ def backward(
     if step2 and need_da2:
         da2 = ops.dw(step2.rows_PR, wa_PF, routing, step2.w)
     if layer.lora2 and need_db2:
-        db2 = ops.dw2(dout, weighted(ya_PR, layer.weight_TK, routing), routing, layer.lora2.b)
+        # transposed, since a gather along the wide side is twice as fast (H100, r = 16: 0.14 and 0.30 ms)
+        b_ERD = torch.empty_like(layer.lora2.b.mT, memory_format=torch.contiguous_format)
+        wya_PR = weighted(ya_PR, layer.weight_TK, routing)
+        db2 = ops.dw1(wya_PR, dout, routing, b_ERD[:, None]).squeeze(1).mT
     del wa_PF
     if layer.lora1 and (need_dx or need_da1):
         b_ERG = layer.lora1.b.transpose(1, 2)
