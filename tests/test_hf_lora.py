@@ -249,8 +249,7 @@ def test_experts_that_are_quantised_are_refused_only_where_they_are_adapted():
 
 def test_layers_and_totals_of_the_summary():
     model = tiny_model("deepseek_v3", "eager")
-    only = {"experts": True, "attention": False, "shared experts": False, "router": False}
-    summary = lora_summary(model, 2, alpha=None, parts=only)
+    summary = lora_summary(model, 2, attention=False)
     assert isinstance(summary, LoraSummary)
     assert (summary.layers, len(summary.rows)) == (1, 2), "the first layer is dense"
     assert summary.trainable == 2 * 8 * ((32 + 32) + (32 + 16))

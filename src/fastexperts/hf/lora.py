@@ -135,8 +135,16 @@ def lora_config(
             needs="peft >= 0.21",
             way_out="Install it with: pip install 'fastexperts[peft]'.",
         ) from error
-    parts = {EXPERTS: experts, ATTENTION: attention, SHARED: shared_experts, ROUTER: router}
-    summary = lora_summary(model, r, alpha=alpha, parts=parts, modules_to_save=modules_to_save)
+    summary = lora_summary(
+        model,
+        r,
+        alpha=alpha,
+        experts=experts,
+        attention=attention,
+        shared_experts=shared_experts,
+        router=router,
+        modules_to_save=modules_to_save,
+    )
     if options.get("use_rslora"):
         summary = dataclasses.replace(summary, scale=summary.scale * math.sqrt(r))
     parameters = [row.name for row in summary.rows if row.kind != SAVED and not row.by_module]
@@ -157,17 +165,18 @@ def lora_config(
 
 def lora_summary(
     model: nn.Module,
-    r: int,
+    r: int = 16,
     *,
-    alpha: float | None,
-    parts: dict[str, bool],
+    alpha: float | None = None,
+    experts: bool = True,
+    attention: bool = True,
+    shared_experts: bool = False,
+    router: bool = False,
     modules_to_save: Sequence[str] | None = None,
 ) -> LoraSummary:
-    """What `lora_config` with these arguments trains; `parts` says for each kind whether it is adapted.
-
-    Raises FastexpertsError as `lora_config` does.
-    """
+    """What `lora_config` with these arguments trains; raises FastexpertsError as it does."""
     _check_rank(r, alpha)
+    parts = {EXPERTS: experts, ATTENTION: attention, SHARED: shared_experts, ROUTER: router}
     if any(".base_layer" in name for name, _ in model.named_modules()):
         raise refuse(
             "lora_config",
