@@ -1,11 +1,17 @@
 """`lora_config`: exactly what was asked for is trainable, on every family, and it is said in numbers."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from support_hf import TINY, tiny_model, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from stock_peft import STEPS, factors, logits, loss_curve
+from stock_peft import adapted as stock_adapted
+from support_hf import TINY, Ops, relative, tiny_model, tokens
 from torch import nn
 
 import fastexperts
@@ -254,3 +260,57 @@ def test_layers_and_totals_of_the_summary():
     assert (summary.layers, len(summary.rows)) == (1, 2), "the first layer is dense"
     assert summary.trainable == 2 * 8 * ((32 + 32) + (32 + 16))
     assert summary.total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def beside_stock(tmp_path_factory):
+    """{family: (ours, stock's)}: the same training and the same adapters, there in a process of its own."""
+    fastexperts.register()
+    folder, ours = tmp_path_factory.mktemp("beside"), {}
+    for family in ("qwen3_moe", "deepseek_v3", "glm4_moe", "mixtral"):
+        config = fastexperts.lora_config(
+            tiny_model(family, "eager"), 4, alpha=8, shared_experts=family in SHARED, verbose=False
+        )
+        config.save_pretrained(folder / family / "config")
+        model = stock_adapted(family, "fastexperts", config)
+        start = factors(model)
+        with Ops() as ops:
+            losses = loss_curve(model)
+        model.save_pretrained(folder / family / "adapter")
+        end, folds = factors(model), ops.names.count("aten::baddbmm")
+        ours[family] = {"losses": losses, "start": start, "end": end, "folds": folds, "logits": logits(model)}
+    command = [sys.executable, str(Path(__file__).with_name("stock_peft.py")), str(folder)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, {family: (mine, torch.load(folder / family / "stock.pt")) for family, mine in ours.items()}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "mixtral"])
+def test_the_first_ten_losses_are_those_of_stock_peft(beside_stock, family, record_property):
+    ours, stock = beside_stock[1][family]
+    assert all(torch.equal(ours["start"][key], tensor) for key, tensor in stock["start"].items())
+    assert stock["losses"][-1] < 0.9 * stock["losses"][0], "it trains"
+    apart = ((ours["losses"] - stock["losses"]).abs() / stock["losses"]).max().item()
+    print(f"{family}: largest relative deviation of {STEPS} losses {apart:.1e}")
+    assert apart <= 1e-5
+    assert ours["folds"] == 0
+    assert stock["folds"] >= 2 * STEPS, "stock PEFT folds"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "mixtral"])
+def test_adapters_go_to_stock_peft_and_come_from_it(beside_stock, family):
+    folder, results = beside_stock
+    ours, stock = results[family]
+    shapes = {key: tensor.shape for key, tensor in ours["end"].items()}
+    assert shapes == {key: tensor.shape for key, tensor in stock["end"].items()}
+    assert any("experts.base_layer.lora_A" in key for key in shapes)
+    assert all(torch.equal(ours["end"][key], tensor) for key, tensor in stock["loaded"].items())
+    assert relative(stock["logits of adapter"], ours["logits"]) <= 1e-5
+    theirs = PeftModel.from_pretrained(tiny_model(family, "fastexperts"), folder / family / "stock")
+    assert all(torch.equal(tensor, stock["end"][key]) for key, tensor in factors(theirs).items())
+    with Ops() as ops:
+        got = logits(theirs)
+    assert ops.names.count("aten::baddbmm") == 0
+    assert relative(got, stock["logits of stock"]) <= 1e-5
+    assert relative(logits(tiny_model(family, "eager")), got) > 1e-2, "the adapter does something"

@@ -12,6 +12,7 @@ from fastexperts.errors import FastexpertsError
 from fastexperts.train.recipe import (
     RESUME_MAY_CHANGE,
     DataSettings,
+    LoraSettings,
     ModelSettings,
     Recipe,
     TrainingSettings,
@@ -144,7 +145,23 @@ CASES = {
         "data.document",
     ),
     "steps and epochs": (put("training.epochs", 1.0), "both `steps` and `epochs`", "Remove one"),
-    "lora": (put("training.method", "lora"), "method 'lora'", "method: full"),
+    "lora with full training": (put("lora", {"r": 8}), "`lora` beside `method: full`", "method: lora"),
+    "rank out of range": (
+        both(put("training.method", "lora"), put("lora.r", 129)),
+        "`lora.r` got 129",
+        "less than or equal to 128",
+    ),
+    "nothing to adapt": (
+        both(put("training.method", "lora"), put("lora", {"experts": False, "attention": False})),
+        "`lora` got nothing to adapt",
+        "experts: true",
+    ),
+    "shared experts that are not there": (
+        both(put("training.method", "lora"), put("lora.shared_experts", True)),
+        "`shared_experts` got True",
+        "shared_experts=False",
+    ),
+    "rank in the wrong section": (put("training.alpha", 8), "`training.alpha`", "belongs into `lora`"),
     "unknown scheduler": (put("training.scheduler", "cosin"), "'cosin'", "Did you mean `cosine`?"),
     "unknown tracker": (put("training.report_to", ["wandbb"]), "'wandbb'", "`wandb`"),
     "tracker not installed": (put("training.report_to", "trackio"), "not installed", "pip install trackio"),
@@ -294,8 +311,13 @@ def test_changes_replace_settings(tmp_path):
     assert (recipe.training.steps, recipe.output_dir) == (3, "/elsewhere")
 
 
-def test_dump_is_read_back(tmp_path):
-    recipe = load_recipe(write_recipe(tmp_path, settings(tmp_path)))
+@pytest.mark.parametrize("lora", [None, {}, {"r": 8, "alpha": 4.0}])
+def test_dump_is_read_back(tmp_path, lora):
+    content = settings(tmp_path)
+    if lora is not None:
+        content["training"]["method"] = "lora"
+        content["lora"] = lora
+    recipe = load_recipe(write_recipe(tmp_path, content))
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
@@ -303,20 +325,30 @@ def test_dump_is_read_back(tmp_path):
 def test_differences_name_the_settings(tmp_path):
     old, new = parse_recipe(settings(tmp_path)), parse_recipe(settings(tmp_path, seed=1, save_steps=7))
     assert differences(old, new) == {"training.seed": (42, 1)}
+    ranks = [parse_recipe(settings(tmp_path, method="lora") | {"lora": {"r": r}}) for r in (8, 16)]
+    assert differences(*ranks) == {"lora.r": (8, 16)}
+    plain = parse_recipe(settings(tmp_path, method="lora"))
+    assert differences(ranks[1], plain) == {}, "16 is the default"
     wider = settings(tmp_path)
     wider["model"]["overrides"]["hidden_size"] = 64
     assert list(differences(old, parse_recipe(wider))) == ["model.overrides"]
     sections = {"model": ModelSettings, "data": DataSettings, "training": TrainingSettings}
+    sections["lora"] = LoraSettings
     known = {f"{name}.{key}" for name, section in sections.items() for key in section.model_fields}
     assert known | {"output_dir"} >= RESUME_MAY_CHANGE
 
 
 def test_the_example_explains_every_setting(request):
     path = request.config.rootpath / "examples" / "recipe.yaml"
-    recipe = load_recipe(path)
+    recipe, lora = load_recipe(path), load_recipe(path.with_name("recipe-lora.yaml"))
+    assert lora.lora == LoraSettings(), "the defaults, as it says"
     assert [str(request.config.rootpath / "README.md")] == recipe.data.files
     text = path.read_text(encoding="utf-8")
     for name, field in Recipe.model_fields.items():
+        if name == "lora":
+            continue
         for key in getattr(field.annotation, "model_fields", {name: None}):
             assert f"{key}:" in text, f"{name}.{key} is not in the example"
+    content = yaml.safe_load(path.with_name("recipe-lora.yaml").read_text(encoding="utf-8"))
+    assert content["lora"].keys() == LoraSettings.model_fields.keys()
     assert yaml.safe_load(text)["output_dir"] == "../runs/example"

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.hf.lora import MAX_RANK
 
 TinyConfig = Literal["tiny-qwen3-moe", "tiny-mixtral", "tiny-deepseek-v3"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "lion_8bit", "sgd"]
@@ -28,6 +29,7 @@ RESUME_MAY_CHANGE = frozenset(
         "training.eval_steps",
         "training.keep_checkpoints",
         "training.report_to",
+        "lora.check_gradients",
     }
 )
 
@@ -139,12 +141,30 @@ class TrainingSettings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingSettings:
-        if self.method == "lora":
-            raise invalid("method 'lora'", "'full'", "LoRA is not part of this version; use `method: full`.")
         if self.steps is not None and self.epochs is not None:
             raise invalid("both `steps` and `epochs`", "one of them", "Remove one of them.")
         if not all(math.isfinite(x) for x in (self.warmup, self.epochs or 0.0)):
             raise invalid("infinity", "finite `warmup` and `epochs`", "Write a plain number.")
+        return self
+
+
+class LoraSettings(Section):
+    """What an adapter trains, with `training.method: lora`."""
+
+    r: int = Field(default=16, ge=1, le=MAX_RANK, description="rank of each update, per expert")
+    alpha: float | None = Field(default=None, gt=0, description="updates are scaled by alpha / r; default: r")
+    experts: bool = Field(default=True, description="the routed experts, all of them")
+    attention: bool = True
+    shared_experts: bool = False
+    router: bool = False
+    check_gradients: bool = Field(
+        default=True, description="stop if an expert's factor gets no gradient in the first steps"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> LoraSettings:
+        if not (self.experts or self.attention or self.shared_experts or self.router):
+            raise invalid("nothing to adapt", "at least one part of the model", "Set `experts: true`.")
         return self
 
 
@@ -154,7 +174,17 @@ class Recipe(Section):
     model: ModelSettings
     data: DataSettings
     training: TrainingSettings = TrainingSettings()
+    lora: LoraSettings = LoraSettings()
     output_dir: PathText
+
+    @model_validator(mode="after")
+    def _used(self) -> Recipe:
+        if "lora" in self.model_fields_set and self.training.method != "lora":
+            way_out = "Set `training.method: lora`, or remove the section `lora`."
+            raise invalid(
+                f"`lora` beside `method: {self.training.method}`", "settings that are used", way_out
+            )
+        return self
 
 
 def _closest(name: str, known: list[str]) -> str:
@@ -325,7 +355,8 @@ def with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; `load_recipe` of it is the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    unused = set() if recipe.training.method == "lora" else {"lora"}
+    return yaml.safe_dump(recipe.model_dump(exclude=unused), sort_keys=False, allow_unicode=True)
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -334,7 +365,7 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in settings.items():
-            nested = isinstance(value, dict) and key in {"model", "data", "training"}
+            nested = isinstance(value, dict) and key in {"model", "data", "training", "lora"}
             found |= flat(value, f"{key}.") if nested else {prefix + key: value}
         return found
 

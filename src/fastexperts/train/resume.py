@@ -14,10 +14,12 @@ import copy
 import functools
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastexperts.errors import refuse
+from fastexperts.train.adapter import check_saved
 
 AnyTrainer = TypeVar("AnyTrainer")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
@@ -31,7 +33,8 @@ def fix_resume(trainer: AnyTrainer) -> AnyTrainer:
         trainer.train(resume_from_checkpoint=True)
 
     FSDP, DeepSpeed and PEFT checkpoints are not per-expert: they keep the trainer's own loading. In each case
-    a missing or unexpected key raises FastexpertsError instead of being warned about.
+    a missing or unexpected key raises FastexpertsError instead of being warned about, and an adapter is
+    compared with its file afterwards, since PEFT passes over keys that it does not know.
     """
     target: Any = trainer
     stock_load, stock_load_best = target._load_from_checkpoint, target._load_best_model
@@ -42,6 +45,8 @@ def fix_resume(trainer: AnyTrainer) -> AnyTrainer:
             load_weights(target.model if model is None else model, resume_from_checkpoint)
         else:
             stock_load(resume_from_checkpoint, model)
+            if _is_whole_adapter(target):
+                check_saved(target.model, resume_from_checkpoint)
 
     @functools.wraps(stock_load_best)
     def load_best_model() -> None:
@@ -49,6 +54,8 @@ def fix_resume(trainer: AnyTrainer) -> AnyTrainer:
             load_weights(target.model, target.state.best_model_checkpoint)
         else:
             stock_load_best()
+            if _is_whole_adapter(target):
+                check_saved(target.model, target.state.best_model_checkpoint)
 
     def issue_warnings_after_load(load_result: Any) -> None:
         ignored = set(getattr(target.model, "_keys_to_ignore_on_save", None) or ())
@@ -165,6 +172,15 @@ def _stores_per_expert(trainer: Any) -> bool:
 
     wrapped = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     return not wrapped and isinstance(trainer.model, PreTrainedModel)
+
+
+def _is_whole_adapter(trainer: Any) -> bool:
+    """Whether one process holds an adapter that its checkpoints hold as it is, and no other beside it."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or find_spec("peft") is None:
+        return False
+    from peft import PeftModel
+
+    return isinstance(trainer.model, PeftModel) and len(trainer.model.peft_config) == 1
 
 
 def _refuse_lost_keys(source: str, missing: set[str], unexpected: set[str]) -> None:

@@ -12,8 +12,10 @@ import torch
 from rich.console import Console
 
 from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.hf.checkpoint import new_folder
 from fastexperts.hf.experts import enable
 from fastexperts.metrics.routing_health import ExpertLoad
+from fastexperts.train.adapter import adapter_of, check_saved
 from fastexperts.train.data import check_isolation, load_documents
 from fastexperts.train.models import load_model, load_tokenizer
 from fastexperts.train.recipe import Recipe, TrainingSettings
@@ -21,6 +23,7 @@ from fastexperts.train.resume import fix_resume
 from fastexperts.train.rundir import claim, find_start
 
 MODEL_FOLDER = "model"
+BASE_FOLDER = "base"
 Result = TypeVar("Result")
 
 
@@ -33,11 +36,13 @@ class TrainResult:
     load_LE: torch.Tensor
     """Routed tokens per layer and expert, of all processes, since this process started or resumed."""
     folder: Path
-    """The run's folder: `recipe.yaml`, `checkpoint-<step>` and the trained `model`."""
+    """The run's folder: `recipe.yaml`, `checkpoint-<step>`, the trained `model`, and with `method: lora` from
+    scratch the `base` of the adapter.
+    """
 
     @property
     def model_folder(self) -> Path:
-        """The trained model and its tokenizer, as `save_pretrained` writes them."""
+        """The trained model, or adapter, and the tokenizer, as `save_pretrained` writes them."""
         return self.folder / MODEL_FOLDER
 
     @property
@@ -72,6 +77,9 @@ def train(
     folder = Path(recipe.output_dir)
     trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.accelerator.wait_for_everyone()
+    if recipe.training.method == "lora":
+        for note in _on_first_rank(trainer.args, lambda: _read_back(trainer, folder / MODEL_FOLDER)):
+            console.print(note, highlight=False, soft_wrap=True)
     return TrainResult(trainer, load_LE, folder)
 
 
@@ -79,6 +87,8 @@ def _prepare(
     recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[Any]
 ) -> tuple[Any, Path | None, Console]:
     """The trainer, ready to train, and the checkpoint to start from; the run's folder is claimed last."""
+    from transformers import set_seed
+
     arguments = sft_config(recipe)
     if arguments.process_index != 0:
         console = Console(quiet=True)
@@ -99,11 +109,20 @@ def _prepare(
     model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
     _check_auxiliary_loss(recipe.training, model.config.get_text_config())
     console.print(str(enable(model, verbose=False)), highlight=False, soft_wrap=True)
-    trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks)
+    adapter = None
+    if recipe.training.method == "lora":
+        adapter, summary = adapter_of(recipe.lora, model)
+        console.print(str(summary), highlight=False, soft_wrap=True)
+        set_seed(recipe.training.seed)  # the trainer seeds itself after it has drawn the adapter
+    trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks, adapter)
+    if adapter is not None and recipe.lora.experts and recipe.lora.check_gradients:
+        _check_gradients(trainer, console)
     if recipe.data.packing:
         _prove_isolation(trainer, console)
     for note in _on_first_rank(arguments, lambda: claim(recipe, start)):
         console.print(note, highlight=False, soft_wrap=True)
+    if adapter is not None and recipe.model.config is not None:
+        _keep_base(recipe, trainer, tokenizer, dtype)
     return trainer, start.checkpoint, console
 
 
@@ -114,8 +133,12 @@ def make_trainer(
     documents: Any,
     console: Console,
     callbacks: Sequence[Any] = (),
+    adapter: Any = None,
 ) -> Any:
-    """TRL's SFTTrainer over checked documents, with our progress bar and our resume."""
+    """TRL's SFTTrainer over checked documents, with our progress bar and our resume.
+
+    adapter: a `peft.LoraConfig`, if one is trained.
+    """
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -129,6 +152,7 @@ def make_trainer(
             train_dataset=documents.train,
             eval_dataset=documents.evaluation,
             callbacks=[RichProgress(console), *callbacks],
+            peft_config=adapter,
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
@@ -250,6 +274,34 @@ def _on_first_rank(arguments: Any, act: Callable[[], Result]) -> Result:
         raise FastexpertsError(outcome[1])
     result: Result = outcome[0]
     return result
+
+
+def _check_gradients(trainer: Any, console: Console) -> None:
+    from fastexperts.train.gradients import ExpertGradients
+
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        console.print("Gradients: those of experts' factors are not checked under FSDP or DeepSpeed.")
+        return
+    trainer.add_callback(ExpertGradients(lambda line: console.print(line, highlight=False, soft_wrap=True)))
+
+
+def _keep_base(recipe: Recipe, trainer: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    """Save the model from scratch that the adapter belongs to, and name it in the adapter's config."""
+    folder = Path(recipe.output_dir) / BASE_FOLDER
+    for config in trainer.model.peft_config.values():
+        config.base_model_name_or_path = str(folder)
+    if trainer.is_world_process_zero() and not folder.exists():
+        # It depends on the seed alone. The trainer's own has the adapter between its modules.
+        model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
+        with new_folder(folder, "train") as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+
+
+def _read_back(trainer: Any, folder: Path) -> list[str]:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return ["Adapter: what was saved is not read back under FSDP or DeepSpeed."]
+    return [f"Adapter: {check_saved(trainer.model, folder)} tensors saved, and read back bit by bit."]
 
 
 def _prove_isolation(trainer: Any, console: Console) -> None:
