@@ -53,9 +53,9 @@ def expected_ops(case: Case) -> list[str]:
     return [
         *forward,
         "dh",
-        *(["dw"] if "w2" in asked else []),
+        *(["dw2"] if "w2" in asked else []),
         *(["dx", "combine"] if "x" in asked else []),
-        *(["dw"] if "w1" in asked else []),
+        *(["dw1"] if "w1" in asked else []),
     ]
 
 

@@ -272,11 +272,12 @@ def _moe_mlp_backward(
     every = [*needs, *[False] * (8 - len(needs))]
     found = backward(dout_TD, x_TD, layer, kept[:3], every)
     grads = [x_TD.new_empty(0) if grad is None else grad for grad in found]
-    scales = [1.0] * 4 + [scale for scale in numbers[3:] for scale in (scale, 1.0)]  # packed into a
     for i, factor in enumerate(factors, start=4):
         if needs[i]:
-            unpadded = grads[i][:, : factor.shape[1], : factor.shape[2]]
-            grads[i] = (unpadded * scales[i]).to(factor.dtype).contiguous()
+            grads[i] = grads[i][:, : factor.shape[1], : factor.shape[2]].to(factor.dtype).contiguous()
+    for i, scale in zip((4, 6), numbers[3:], strict=False):  # packed into a
+        if scale != 1.0 and factors and needs[i]:
+            grads[i].mul_(scale)
     return grads[: len(primals)]
 
 

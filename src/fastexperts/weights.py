@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from fastexperts.errors import refuse
@@ -63,9 +62,14 @@ class Lora:
 
     def packed(self, dtype: torch.dtype) -> Lora:
         """The factors as kernels read them: in `dtype`, ranks padded, columns adjacent, the scale in `a`."""
-        more = -self.a.shape[1] % RANK_STEP
-        a = nnf.pad((self.scale * self.a).to(dtype), (0, 0, 0, more))
-        return Lora(a.contiguous(), nnf.pad(self.b.to(dtype), (0, more)).contiguous())
+        experts, rank, dim_in = self.a.shape
+        padded = rank + -rank % RANK_STEP
+        new = self.a.new_empty if padded == rank else self.a.new_zeros
+        a, b = new(experts, padded, dim_in, dtype=dtype), new(*self.b.shape[:2], padded, dtype=dtype)
+        # one kernel each: scaled, cast and laid out at once
+        torch.mul(self.a, self.scale, out=a[:, :rank])
+        b[:, :, :rank].copy_(self.b)
+        return Lora(a, b)
 
 
 class Step(NamedTuple):
