@@ -193,6 +193,22 @@ MUTANTS = (
         "A, row0, end, part * M + m0, c_m",
         "A, row0, end, m0, c_m",
     ),
+    # the further step of an update
+    Mutant(
+        "update: gate's rows of b for up too",
+        "kernels/grouped_mm.py",
+        "(o_c // BN * N if PARTS_N > 1 else 0)",
+        "(o_c * 0 if PARTS_N > 1 else 0)",
+    ),
+    Mutant(
+        "update: always the first expert's",
+        "kernels/grouped_mm.py",
+        "p_v = V + i_e.to(tl.int64) * (PARTS_N * N * R)",
+        "p_v = V + i_e.to(tl.int64) * 0",
+    ),
+    Mutant(
+        "update: the scale is lost", "weights.py", "torch.mul(self.a, self.scale,", "torch.mul(self.a, 1.0,"
+    ),
     # launches
     Mutant(
         "plan: the strides are not part of it",

@@ -7,7 +7,12 @@ import torch
 from spies import use_interpreter
 from support import Case, check_case
 
+from fastexperts.kernels import launch
 from fastexperts.kernels.launch import FAR, forgotten, planned
+
+
+def planned_so_far():
+    return sum(len(made) for made in launch._every_made)
 
 
 @pytest.fixture
@@ -50,6 +55,19 @@ def test_rows_are_not_part_of_it_and_experts_are(plan):
     assert make(torch.zeros(7, 32)) == make(torch.zeros(900, 32)) == 1
     assert make(torch.zeros(2, 7, 32)) == 2
     assert make(torch.zeros(3, 7, 32)) == 3
+    assert make(torch.zeros(7)) == make(torch.zeros(900)) == 4
+
+
+def test_steps_of_any_length_share_their_plans(monkeypatch):
+    """Packed batches have another number of tokens each time: nothing may grow with it."""
+    use_interpreter(monkeypatch)
+    with forgotten():
+        counts = []
+        for tokens in (33, 70, 41):
+            check_case(Case(tokens=tokens, experts=4, dims=(48, 80)))
+            counts.append(planned_so_far())
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
 
 
 def test_options_and_the_environment_are_part_of_it(plan, monkeypatch):

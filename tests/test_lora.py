@@ -7,7 +7,7 @@ import torch
 from spies import poison, use_interpreter
 from support import Case, Error, build
 
-from fastexperts import Weight, moe_mlp, moe_mlp_reference
+from fastexperts import FastexpertsError, Weight, moe_mlp, moe_mlp_reference
 from fastexperts.weights import Lora
 
 NAMES = ("x", "weight", "a1", "b1", "a2", "b2")
@@ -89,7 +89,12 @@ def backend(request, monkeypatch):
 def test_output_and_every_gradient(adapted, backend, monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_TMA", str(int(adapted.case.tma)))
     with poison():
-        got = adapted.run(moe_mlp)
+        check_adapted(adapted)
+
+
+def check_adapted(adapted):
+    """Raise unless output and every gradient hold to the error rule."""
+    got = adapted.run(moe_mlp)
     eager, ref = adapted.run(moe_mlp_reference), adapted.run(moe_mlp_reference, F64)
     assert got.keys() == ref.keys()
     for name, value in got.items():
@@ -97,3 +102,61 @@ def test_output_and_every_gradient(adapted, backend, monkeypatch):
         error = Error(name, adapted.case.dtype)
         error.add(value, eager[name], ref[name])
         error.check()
+
+
+W = torch.zeros(4, 6, 8)  # [E, out, in]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ((3, 2, 8), (3, 6, 2), r"`lora.a` got \[3, 2, 8\]; it needs \[4, 2, 8\]"),
+        ((4, 2, 6), (4, 6, 2), r"`lora.a` got \[4, 2, 6\]; it needs \[4, 2, 8\]"),
+        ((4, 2, 8), (4, 8, 2), r"`lora.b` got \[4, 8, 2\]; it needs \[4, 6, 2\]"),
+        ((4, 0, 8), (4, 6, 0), "rank >= 1"),
+    ],
+)
+def test_an_update_of_another_weight_is_refused(a, b, message):
+    with pytest.raises(FastexpertsError, match=message):
+        Weight(W, lora=Lora(torch.zeros(a), torch.zeros(b)))
+
+
+def test_factors_that_do_not_fit_each_other_are_refused():
+    with pytest.raises(FastexpertsError, match="the experts and the rank of a"):
+        Lora(torch.zeros(4, 2, 8), torch.zeros(4, 6, 3))
+    with pytest.raises(FastexpertsError, match=r"`a` got \[8, 8\]; it needs a tensor \[experts"):
+        Lora(torch.zeros(8, 8), torch.zeros(4, 6, 2))
+    with pytest.raises(FastexpertsError, match="on meta; it needs a floating dtype on cpu"):
+        Weight(W, lora=Lora(torch.zeros(4, 2, 8, device="meta"), torch.zeros(4, 6, 2)))
+
+
+def test_of_a_transposed_and_interleaved_weight(backend):
+    """Rows of b are the stored outputs: gate and up in turn."""
+    case = Case(tokens=33, experts=4, dims=(48, 80))
+    adapted = Adapted(case, 5, 7)
+    inputs, leaves = adapted.tensors()
+    lora1 = Lora(leaves["a1"], leaves["b1"], 2.0)
+    lora2 = Lora(leaves["a2"], leaves["b2"], 2.0)
+    wanted = moe_mlp_reference(
+        leaves["x"],
+        inputs.ids,
+        leaves["weight"],
+        Weight(inputs.w1, lora=lora1),
+        Weight(inputs.w2, lora=lora2),
+    )
+    turns = inputs.w1.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    b_turns = leaves["b1"].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    w1 = Weight(
+        turns.mT.contiguous(), transposed=True, interleaved=True, lora=Lora(leaves["a1"], b_turns, 2.0)
+    )
+    w2 = Weight(inputs.w2.mT.contiguous(), transposed=True, lora=lora2)
+    got = moe_mlp(leaves["x"], inputs.ids, leaves["weight"], w1, w2)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    names = list(leaves)
+    for name, one, other in zip(
+        names,
+        torch.autograd.grad(got, list(leaves.values()), inputs.dout),
+        torch.autograd.grad(wanted, list(leaves.values()), inputs.dout),
+        strict=True,
+    ):
+        assert (one - other).norm() <= 1e-5 * other.norm(), name

@@ -4,6 +4,7 @@ import pytest
 import torch
 from spies import poison, use_interpreter
 from support import Case, check_case
+from test_lora import Adapted, check_adapted
 
 from fastexperts.routing import route_torch
 
@@ -38,6 +39,12 @@ def test_kernels(case, monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_TMA", str(int(case.tma)))
     with poison():
         check_case(case)
+
+
+def test_kernels_with_updates(monkeypatch):
+    use_interpreter(monkeypatch)
+    with poison():
+        check_adapted(Adapted(Case(tokens=33, experts=4, dims=(48, 80)), 5, 20, 0.5))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

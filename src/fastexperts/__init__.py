@@ -19,7 +19,7 @@ from fastexperts.errors import FastexpertsError
 from fastexperts.moe import moe_mlp
 from fastexperts.reference import moe_mlp_reference
 from fastexperts.routing import Routing
-from fastexperts.weights import Weight
+from fastexperts.weights import Lora, Weight
 
 if TYPE_CHECKING:
     from fastexperts.hf.experts import enable, register
@@ -30,6 +30,7 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "FastexpertsError",
+    "Lora",
     "Routing",
     "Weight",
     "__version__",

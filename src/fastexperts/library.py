@@ -14,7 +14,7 @@ class Op:
     """A function of tensors, numbers and strings as the op fastexperts::NAME.
 
     What torch.library.custom_op makes of it, without what that costs: its first call imports torch.compile
-    (seconds), and each later one passes through four more Python functions.
+    (a second or more), and each later one passes through four more Python functions.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:

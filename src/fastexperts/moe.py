@@ -84,7 +84,8 @@ def backward(
     if step2 and need_da2:
         da2 = ops.dw(step2.rows_PR, wa_PF, routing, step2.w)
     if layer.lora2 and need_db2:
-        # transposed, since a gather along the wide side is twice as fast (H100, r = 16: 0.14 and 0.30 ms)
+        # transposed: with r columns the product's blocks are mostly padding (H100, r = 16: 0.30 ms; da1, of
+        # the same shape as this, 0.14)
         b_ERD = torch.empty_like(layer.lora2.b.mT, memory_format=torch.contiguous_format)
         wya_PR = weighted(ya_PR, layer.weight_TK, routing)
         db2 = ops.dw1(wya_PR, dout, routing, b_ERD[:, None]).squeeze(1).mT
@@ -131,7 +132,8 @@ def moe_mlp(
         ids_TK: expert of each pair [T, K], int32 or int64. Ids outside [0, E) (expert-parallel sentinels)
             take no row and add nothing; with FASTEXPERTS_CHECK=1 any such id but -1 and E raises.
         weight_TK: routing weights [T, K], floating point; fp32 stays fp32.
-        w1: up projection [E, G, D], gate rows first (G = 2F, or F for a non-gated activation), or a `Weight`.
+        w1: up projection [E, G, D], gate rows first (G = 2F, or F for a non-gated activation), or a `Weight`,
+            which may carry a low-rank update, `Lora`.
         w2: down projection [E, D, F], or a `Weight`.
         activation: an `Activation` or a name in `fastexperts.ACTIVATIONS`.
         dtype: of the products; default the autocast dtype where autocast is on, else the dtype of `x_TD`.
@@ -141,8 +143,9 @@ def moe_mlp(
     Returns:
         out_TD [T, D] in the dtype of `x_TD`.
 
-    Differentiable once in x_TD, weight_TK, w1 and w2; a second derivative raises RuntimeError. Keeps x_TD, h
-    [P, G] in `dtype`, the weights and the routing for backward. Sums are fp32 (fp64 for fp64) in a fixed
+    Differentiable once in x_TD, weight_TK, w1, w2 and the factors of their updates; a second derivative
+    raises RuntimeError. Keeps x_TD, h [P, G] in `dtype`, the weights, the routing and of an update its rows
+    [P, r] for backward. Sums are fp32 (fp64 for fp64) in a fixed
     order: the same inputs give bitwise the same results. Raises FastexpertsError for arguments that do not
     fit. Formulas: docs/how-it-works.md.
     """

@@ -110,6 +110,33 @@ class Weight:
                 way_out="Stack the experts' matrices along a new first dimension.",
             )
 
+        if self.lora is not None:
+            self._check(self.lora)
+
+    def _check(self, lora: Lora) -> None:
+        """Raise unless `lora` updates a weight of these dims: kernels index both alike."""
+        experts, dim_out, dim_in = self.out_in.shape
+        for name, factor, expected in (
+            ("lora.a", lora.a, (experts, lora.a.shape[1], dim_in)),
+            ("lora.b", lora.b, (experts, dim_out, lora.b.shape[2])),
+        ):
+            if factor.shape != expected or lora.a.shape[1] == 0:
+                raise refuse(
+                    "Weight",
+                    name,
+                    got=list(factor.shape),
+                    needs=f"{list(expected)} (w is {[experts, dim_out, dim_in]} as [E, out, in]), rank >= 1",
+                    way_out="a is [E, r, in] and b is [E, out, r], also for a transposed weight.",
+                )
+            if factor.device != self.w.device or not factor.is_floating_point():
+                raise refuse(
+                    "Weight",
+                    name,
+                    got=f"{factor.dtype} on {factor.device}",
+                    needs=f"a floating dtype on {self.w.device}, as w",
+                    way_out=f"Move it with .to('{self.w.device}').",
+                )
+
     @property
     def out_in(self) -> Tensor:
         """The [E, out, in] view."""

@@ -1,11 +1,13 @@
 """The row-tiled grouped GEMM: out[row] = A[row] @ W[expert of row]^T, with the layer's passes as its options.
 
-    pass  A                      W, as stored          epilogue
-    up    x[token of row]        w1 (E, C, F, D)       h = acc, a = act(h)
-    down  a                      w2 (E, 1, D, F)       y = acc
-    dh    dout[token of row]     w2 (E, 1, D, F)^T     v = acc; dh, weight * a, dweight from h
-    dx    dh (C parts along K)   w1 (E, C, F, D)^T     dx = acc
-    shrink  rows or tokens       factor (E, R, K)      out = acc, few columns
+    pass    A                      W, as stored          epilogue
+    up      x[token of row]        w1 (E, C, F, D)       h = acc, a = act(h)
+    down    a                      w2 (E, 1, D, F)       y = acc
+    dh      dout[token of row]     w2 (E, 1, D, F)^T     v = acc; dh, weight * a, dweight from h
+    dx      dh (C parts along K)   w1 (E, C, F, D)^T     dx = acc
+    shrink  any of these           factor (E, 1, R, K)   out = acc, of few columns
+
+The first four take one more step of the contraction, acc += X[row] @ V[expert of row]^T: a low-rank update.
 
 Legend: see moe.py; N output columns (of one part), K contraction (of one part), S tiles, NB column blocks.
 """

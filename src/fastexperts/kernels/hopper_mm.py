@@ -341,10 +341,8 @@ def plan(
     def split(tensor: Tensor | None, how: Callable[..., Described], rows: int) -> Described | None:
         return None if tensor is None else how(tensor.unflatten(1, (-1, dim_n)), [rows, 1, box])
 
-    a_block, w_block = (
-        [BLOCK_M, BLOCK_K],
-        [1, 1, *([BLOCK_K, BLOCK_N] if kn else [BLOCK_N // parts, BLOCK_K])],
-    )
+    a_block = [BLOCK_M, BLOCK_K]
+    w_block = [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]
     return Plan(
         _hopper_mm,
         (
@@ -362,8 +360,8 @@ def plan(
         ),
         (a.stride(0), dim_n, dim_k),
         dict(
-            options, PARTS=1 if kn else parts,
-            R=more.rows_PR.shape[1] if more else 0, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
+            options, PARTS=1 if kn else parts, R=more.rows_PR.shape[1] if more else 0,
+            BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
             STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
             EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2),
             DTYPE=gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16,

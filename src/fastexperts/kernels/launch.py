@@ -25,7 +25,6 @@ R = TypeVar("R")
 FAR = 1 << 30  # more rows than the ring's descriptors reach
 View = Callable[[Tensor], Any]  # how a tensor becomes an argument of a kernel
 
-
 _every_made: list[dict[Any, Any]] = []  # the caches of `planned`, for `forgotten`
 
 
@@ -74,7 +73,8 @@ class Plan:
 
 def planned(make: Callable[..., R]) -> Callable[..., R]:
     """`make(*tensors, **options)`, called once for all tensors that differ in addresses alone, and matrices
-    in their numbers of rows (on one side of `FAR`): what it returns may depend on anything else of theirs.
+    and vectors in their numbers of rows (on one side of `FAR`): what it returns may depend on anything else
+    of theirs.
     """
     made: dict[object, R] = {}
     _every_made.append(made)
@@ -102,7 +102,7 @@ def forgotten() -> Iterator[None]:
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:
-    rows, *dims = tensor.shape if tensor.dim() == 2 else (1, *tensor.shape)
+    rows, *dims = tensor.shape if tensor.dim() <= 2 else (1, *tensor.shape)
     return (*dims, rows > 0, rows > FAR, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, tensor.device)
 
 
