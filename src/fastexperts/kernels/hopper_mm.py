@@ -284,8 +284,9 @@ def _hopper_mm(
         h_full, h_empty = barriers(H_SLOTS, 1)
         h_ring = (h_s, h_full, h_empty)
     fence_async_shared()
-    # the consumers see one contraction, the further step behind it
-    length = gl.cdiv(K, BK) * BK + (R + BK - 1) // BK * BK
+    length = K
+    if R > 0:  # the consumers see one contraction, the further step behind it
+        length = gl.cdiv(K, BK) * BK + (R + BK - 1) // BK * BK
     gl.warp_specialize(
         [
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,

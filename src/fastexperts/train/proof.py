@@ -161,7 +161,7 @@ def _missing_calls(model: Any, calls: Counter[str]) -> tuple[int, float, str]:
     """Experts layers without a forward or a backward of our op; the detail lists what was counted."""
     layers = len(_experts_modules(model))
     detail = f"{layers} layers; " + ", ".join(f"{name} {count}" for name, count in sorted(calls.items()))
-    return max(0, layers - calls["moe_mlp"]) + max(0, layers - calls["dw1"]), 0, detail
+    return max(0, layers - calls["moe_mlp"]) + max(0, layers - calls["moe_mlp_backward"]), 0, detail
 
 
 def _wrong_keys(model: Any, checkpoint: Path) -> tuple[int, float, str]:
