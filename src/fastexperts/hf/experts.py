@@ -17,6 +17,7 @@ from fastexperts.activations import Activation
 from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import peft
+from fastexperts.hf.bypass import check_reached
 from fastexperts.hf.gate import WAY_OUT, activation_of
 from fastexperts.hf.inventory import (
     Row,
@@ -66,7 +67,7 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
     register()
     roots = _pretrained_models(model)
     modules = interface_modules(model)
-    rows = {name: _row(name, module) for name, module in modules.items()}
+    rows = {name: _row(model, name, module) for name, module in modules.items()}
     unswitchable = {id(modules[name].config): row for name, row in rows.items() if not row.served}
     for name, row in rows.items():
         culprit = unswitchable.get(id(modules[name].config))
@@ -197,9 +198,10 @@ def _fp8_refusal(module: Any) -> FastexpertsError:
     )
 
 
-def _row(name: str, module: Any) -> Row:
+def _row(model: nn.Module, name: str, module: Any) -> Row:
     try:
         activation = check_served(module)
+        check_reached(model, name, module)
     except FastexpertsError as e:
         return row_of(name, module, served=False, reason=str(e))
     return row_of(name, module, served=True, activation=label_of(activation))
