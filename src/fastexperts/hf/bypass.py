@@ -23,6 +23,11 @@ _WRAPPED = {"base_layer", "_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrap
 
 def check_reached(model: nn.Module, name: str, module: Any) -> None:
     """Raise FastexpertsError unless the forward of `module`, `name` in `model`, dispatches and is called."""
+    _check_dispatches(module)
+    check_called(model, name)
+
+
+def _check_dispatches(module: Any) -> None:
     forward = _forward_of(module)
     if not any(_dispatches(layer) for layer in _layers(forward)):
         raise refuse(
@@ -32,6 +37,10 @@ def check_reached(model: nn.Module, name: str, module: Any) -> None:
             needs="the forward that the class has, or a wrapper of it",
             way_out=f"Take the patch away. {WAY_OUT}",
         )
+
+
+def check_called(model: nn.Module, name: str) -> None:
+    """Raise FastexpertsError unless the block around the module `name` of `model` calls it."""
     block, attribute = _block_of(model, name)
     if block is None:
         return

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastexperts.activations import Activation
 from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
-from fastexperts.hf import peft
+from fastexperts.hf import outside, peft
 from fastexperts.hf.bypass import check_reached
 from fastexperts.hf.gate import WAY_OUT, activation_of
 from fastexperts.hf.inventory import (
@@ -24,7 +24,6 @@ from fastexperts.hf.inventory import (
     Summary,
     interface_modules,
     label_of,
-    outside_modules,
     row_of,
     stored,
 )
@@ -62,7 +61,8 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         verbose: print the summary.
 
     Transformers selects the implementation per config, so a module that shares its config with one that
-    cannot be served stays as well, and its row says so.
+    cannot be served stays as well, and its row says so. Modules outside its interface that have an adapter
+    (`hf.outside`) get another forward, which `hf.outside.restore` takes away.
     """
     register()
     roots = _pretrained_models(model)
@@ -74,11 +74,7 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         if row.served and culprit is not None:
             reason = f"shares its config with {culprit.name}, which is not served"
             rows[name] = row_of(name, modules[name], served=False, activation=row.activation, reason=reason)
-    outside = tuple(
-        Row(name, type(module).__name__, served=False, reason="not in transformers' experts interface")
-        for name, module in outside_modules(model)
-    )
-    summary = Summary((*rows.values(), *outside))
+    summary = Summary((*rows.values(), *outside.rows(model)))
     _check_switchable(model, summary, allow_unsupported)
 
     before = {
@@ -92,6 +88,7 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         wanted = previous if key in unswitchable else NAME
         if config._experts_implementation != wanted:
             config._experts_implementation = wanted
+    outside.switch(model, summary)
     if verbose:
         print(summary)
     return summary
