@@ -68,28 +68,19 @@ class Adapted:
 
     has_gate = is_concatenated = True
 
-    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, module: Any, adapter: Adapter) -> None:
         self.module, self.adapter = module, adapter
 
-    def __call__(self, *args: Tensor) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for path, cls in self.adapter.holders.items():
-            found = type(self.module.get_submodule(path)).__name__
-            if found != cls:
-                raise _error(
-                    self.module,
-                    path,
-                    got=f"a {found}",
-                    needs=f"the {cls} itself: its weights are read, and it is not called",
-                    way_out="Adapt the attention alone, or call fastexperts.hf.outside.restore(model).",
-                )
-        return self.adapter.forward(self.module, self.moe, *args)
+            _check_holder(self.module, path, cls)
+        return self.adapter.forward(self.module, self.moe, *args, **kwargs)
 
-    def moe(
-        self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, sentinels: bool = False
-    ) -> Tensor:
+    def moe(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, sentinels: bool = False) -> Tensor:
         """`moe_mlp` with the weights and the activation of the module."""
         w1, w2 = self.adapter.weights(self.module)
-        for name, w in (("gate and up", w1.w), ("down", w2.w)):
+        stored: dict[str, Any] = {"gate and up": w1.w, "down": w2.w}
+        for name, w in stored.items():
             if is_traceable_wrapper_subclass(w):
                 raise _error(
                     self.module,
@@ -184,7 +175,7 @@ def _step3p7_weights(experts: Any) -> tuple[Weight, Weight]:
 def _step3p7(
     self: Any, moe: Moe, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    return moe(hidden_states, top_k_index, top_k_weights)
+    return moe(hidden_states, top_k_index, top_k_weights, sentinels=True)
 
 
 ADAPTERS: dict[str, Adapter] = {
@@ -195,9 +186,7 @@ ADAPTERS: dict[str, Adapter] = {
         holders={"experts": "Llama4TextExperts"},
         takes_routing=False,
     ),
-    "DbrxExperts": Adapter(
-        _dbrx, _dbrx_weights, act="mlp.activation_fn", holders={"mlp": "DbrxExpertGLU"}
-    ),
+    "DbrxExperts": Adapter(_dbrx, _dbrx_weights, act="mlp.activation_fn", holders={"mlp": "DbrxExpertGLU"}),
     "LongcatFlashExperts": Adapter(_longcat_flash, _longcat_flash_weights, ids="total_experts"),
     "JetMoeMoE": Adapter(
         _jetmoe,
@@ -280,6 +269,23 @@ def restore(model: nn.Module) -> int:
     for module in switched:
         del vars(module)["forward"]
     return len(switched)
+
+
+def _check_holder(module: nn.Module, path: str, cls: str) -> None:
+    """Raise where the submodule `path`, read and not called, does more when called: PEFT, hooks, sharding."""
+    holder = module.get_submodule(path)
+    hooks = (holder._forward_hooks, holder._forward_pre_hooks, holder._backward_hooks)
+    found = type(holder).__name__
+    if any(hooks) or "forward" in vars(holder):
+        found = f"{found} with hooks or a forward of its own"
+    if found != cls:
+        raise _error(
+            module,
+            path,
+            got=f"a {found}",
+            needs=f"the {cls} alone: its weights are read, and it is not called",
+            way_out="Adapt or shard the rest alone, or call fastexperts.hf.outside.restore(model).",
+        )
 
 
 @torch.no_grad()
