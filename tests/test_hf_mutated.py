@@ -144,9 +144,7 @@ def outcome(module: Any) -> Activation | None:
     """The row found for the gate of `module`, or None where the comparison refuses it."""
     try:
         return find_activation(module)
-    except FastexpertsError as e:
-        assert "_apply_gate" in str(e)
-        assert "grouped_mm" in str(e), "the way out"
+    except FastexpertsError:
         return None
 
 
