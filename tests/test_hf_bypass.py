@@ -122,6 +122,45 @@ def wrapped(model):
             module.forward = functools.wraps(forward)(lambda *args, forward=forward: forward(*args))
 
 
+def closed_over(model):
+    """A patch as scripts write it."""
+
+    def patch(module):
+        original = module.forward
+
+        def patched(*args):
+            return original(*args)
+
+        module.forward = patched
+
+    for layer in model.model.layers:
+        patch(layer.mlp)
+        patch(layer.mlp.experts)
+
+
+class Dispatch:
+    """What transformers' expert parallelism lays a closure around."""
+
+    def __init__(self, experts):
+        self.experts_forward = experts.forward
+
+    def __call__(self, *args):
+        return self.experts_forward(*args)
+
+
+def expert_parallel(model):
+    def install(module):
+        implementation = Dispatch(module)
+
+        def ep_forward(hidden_states, top_k_index, top_k_weights):
+            return implementation(hidden_states, top_k_index, top_k_weights)
+
+        module.forward = ep_forward
+
+    for layer in model.model.layers:
+        install(layer.mlp.experts)
+
+
 def through_a_method(model):
     """A block of another class, which reaches its experts by a method of its own and with *args."""
 
@@ -160,6 +199,8 @@ def checkpoint_wrapper(model):
         kernelize_without_a_kernel,
         accelerate_hooks,
         wrapped,
+        closed_over,
+        expert_parallel,
         through_a_method,
         through_super,
         checkpoint_wrapper,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
-from types import CodeType
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from fastexperts.errors import refuse
 from fastexperts.hf.gate import WAY_OUT
 
+_FUNCTIONS = (FunctionType, MethodType, partial)
 # Attributes under which a wrapper of a module (PEFT, checkpointing, torch.compile, FSDP) holds it.
 _WRAPPED = {"base_layer", "_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"}
 
@@ -69,13 +71,27 @@ def _forward_of(module: Any) -> Any:
 
 
 def _layers(forward: Any) -> Iterator[Any]:
-    """`forward` and what it says it wraps, outermost first, as functions."""
-    seen: list[Any] = []
-    while forward is not None and not any(forward is other for other in seen):
-        forward = getattr(forward, "__func__", forward)
-        seen.append(forward)
-        yield forward
-        forward = getattr(forward, "__wrapped__", None) or getattr(forward, "func", None)
+    """`forward` and the functions that it wraps or holds, such as the forward whose place it has taken."""
+    pending, seen = [forward], set()
+    while pending:
+        function = pending.pop()
+        function = getattr(function, "__func__", function)
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        yield function
+        # functools.wraps, functools.partial, and closures: transformers' expert parallelism is one
+        pending += [getattr(function, name, None) for name in ("__wrapped__", "func")]
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # empty
+                continue
+            pending += [held] if isinstance(held, _FUNCTIONS) else _methods_held(held)
+
+
+def _methods_held(held: Any) -> list[Any]:
+    return [value for value in getattr(held, "__dict__", {}).values() if isinstance(value, MethodType)]
 
 
 def _dispatches(function: Any) -> bool:
