@@ -1,4 +1,4 @@
-"""Transformers' own experts classes with one fault seeded in their gate: refused, or computed as mutated."""
+"""Transformers' own experts classes with one fault seeded: refused, or computed as mutated."""
 
 import inspect
 import sys
@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from support_hf import assert_close, layer_inputs, outputs_and_gradients
+import transformers
+from support_hf import (
+    assert_close,
+    layer_inputs,
+    outputs_and_gradients,
+    relative,
+    tiny_model,
+    tokens,
+)
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
 
 import fastexperts
 from fastexperts.activations import Activation
@@ -111,33 +120,30 @@ def build(cls: type, implementation: str = "fastexperts") -> Any:
     config._experts_implementation = implementation
     torch.manual_seed(0)
     module = cls(config)
-    for parameter in module.parameters():
-        fan_in = parameter.shape[1 if module.is_transposed else -1]
-        nn.init.normal_(parameter, std=fan_in**-0.5 if parameter.dim() == 3 else 0.1)
+    for name, parameter in list(module.named_parameters()):
+        if name.endswith("bias"):  # gpt_oss's are no matter of its gate
+            delattr(module, name)
+            module.register_buffer(name, torch.zeros_like(parameter))
+        else:
+            nn.init.normal_(parameter, std=parameter.shape[1 if module.is_transposed else -1] ** -0.5)
+    module.has_bias = False
     module.hidden_dim = CONFIG["hidden_size"]
     return module
 
 
+def edited(function: Any, old: str, new: str) -> Any:
+    """`function` with `new` where its source has `old`."""
+    source = textwrap.dedent(inspect.getsource(function))
+    if old not in source:
+        pytest.skip(f"transformers {transformers.__version__} writes {function.__qualname__} without {old!r}")
+    namespace: dict[str, Any] = {}
+    exec(source.replace(old, new), {**vars(sys.modules[function.__module__])}, namespace)
+    return namespace[function.__name__]
+
+
 def mutated(cls: type, old: str, new: str) -> type:
     """A subclass of `cls` whose gate has `new` where that of `cls` has `old`."""
-    source = textwrap.dedent(inspect.getsource(cls._apply_gate))
-    assert old in source, f"{cls.__name__}._apply_gate has changed:\n{source}"
-    namespace: dict[str, Any] = {}
-    exec(source.replace(old, new), {**vars(sys.modules[cls.__module__])}, namespace)
-    return type(f"Mutated{cls.__name__}", (cls,), namespace)
-
-
-def served(module: Any) -> bool:
-    """Whether a forward of `module` runs; the biases of gpt_oss may be refused whatever its gate is."""
-    return not module.has_bias or "bias" not in _refusal(module)
-
-
-def _refusal(module: Any) -> str:
-    try:
-        module(*layer_inputs(module))
-    except FastexpertsError as e:
-        return str(e)
-    return ""
+    return type(f"Mutated{cls.__name__}", (cls,), {"_apply_gate": edited(cls._apply_gate, old, new)})
 
 
 def outcome(module: Any) -> Activation | None:
@@ -153,8 +159,6 @@ def test_the_class_itself_is_computed_as_its_eager_forward_computes(name):
     """Nothing is proved by refusing what is right as well."""
     module = build(class_of(name))
     assert activation_of(module).limit == CONFIG["swiglu_limit"]
-    if not served(module):
-        pytest.skip("no expert biases so far")
     compare(module, class_of(name))
 
 
@@ -171,16 +175,11 @@ def compare(module: Any, cls: type) -> None:
 def test_a_mutated_gate_is_refused_or_computed_as_it_is(cls, what, old, new):
     mutant = mutated(class_of(cls), old, new)
     module = build(mutant)
-    row = outcome(module)
-    if row is None:
-        with pytest.raises(FastexpertsError, match="_apply_gate" if served(build(class_of(cls))) else ""):
+    if outcome(module) is None:
+        with pytest.raises(FastexpertsError, match="_apply_gate"):
             module(*layer_inputs(module))
-    elif served(module):
-        compare(module, mutant)
     else:
-        h_PG = 4 * torch.randn(64, 24, dtype=torch.float64)
-        stored_PG = torch.stack(h_PG.chunk(2, dim=1), dim=-1).flatten(1)  # gpt_oss interleaves
-        assert torch.allclose(row.forward(h_PG), module._apply_gate(stored_PG), rtol=1e-9, atol=1e-9)
+        compare(module, mutant)
 
 
 def test_most_of_the_mutants_are_refused():
@@ -220,3 +219,64 @@ def test_the_default_gate_follows_the_activation_of_the_class():
             inputs = layer_inputs(module)
             ours = outputs_and_gradients(module, module, inputs)
             assert_close(ours, outputs_and_gradients(eager, eager, inputs))
+
+
+# What is seeded in the eager forward of the class, behind every flag and gate.
+FORWARDS = {
+    "factor": ("return final_hidden_states", "return 1.01 * final_hidden_states"),
+    "weights squared": (
+        "top_k_weights[token_idx, top_k_pos, None]",
+        "top_k_weights[token_idx, top_k_pos, None] ** 2",
+    ),
+    "another activation": ("self.act_fn(gate)", "nn.functional.gelu(gate)"),
+    "gate and up swapped": ("gate, up =", "up, gate ="),
+    "input weighed": (
+        "current_state = hidden_states[token_idx]",
+        "current_state = hidden_states[token_idx] * top_k_weights[token_idx, top_k_pos, None]",
+    ),
+    "a residual": ("torch.zeros_like(hidden_states)", "hidden_states.clone()"),
+    "the next expert": ("self.down_proj[expert_idx]", "self.down_proj[expert_idx - 1]"),
+    "a choice dropped": (
+        "top_k_weights[token_idx, top_k_pos, None]",
+        "(top_k_weights * (top_k_index != 1))[token_idx, top_k_pos, None]",
+    ),
+}
+
+
+def with_forward(model: Any, eager: Any) -> None:
+    """Make the experts of `model` instances of a class whose eager forward is `eager`."""
+    cls = type(model.model.layers[0].mlp.experts)
+    mutant = use_experts_implementation(type(f"Mutated{cls.__name__}", (cls,), {"forward": eager}))
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = mutant
+
+
+@pytest.mark.parametrize("what", FORWARDS)
+def test_a_class_that_computes_more_than_it_says_is_refused(what):
+    model = tiny_model("qwen3_moe", "eager").eval()
+    eager = inspect.unwrap(type(model.model.layers[0].mlp.experts).forward)
+    with_forward(model, edited(eager, *FORWARDS[what]))
+    mine = model(tokens()).logits
+    model.set_experts_implementation("grouped_mm")
+    assert relative(model(tokens()).logits, mine) > 1e-3, "the premise: transformers sees no difference"
+    with pytest.raises(FastexpertsError, match="on 4 tokens is not that of fastexperts"):
+        fastexperts.enable(model)
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_a_class_that_is_written_otherwise_and_computes_the_same_is_served():
+    model = tiny_model("qwen3_moe", "eager").eval()
+    eager = inspect.unwrap(type(model.model.layers[0].mlp.experts).forward)
+    with_forward(model, edited(eager, "self.act_fn(gate) * up", "up * self.act_fn(gate)"))
+    assert len(fastexperts.enable(model, verbose=False).served) == 2
+
+
+def test_weights_that_are_not_finite_prove_nothing():
+    model = tiny_model("qwen3_moe", "eager")
+    nn.init.constant_(model.model.layers[0].mlp.experts.down_proj, torch.nan)
+    assert len(fastexperts.enable(model, verbose=False).served) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_comparison_serves_every_dtype(dtype):
+    assert len(fastexperts.enable(tiny_model("qwen3_moe", "eager").to(dtype), verbose=False).served) == 2

@@ -66,6 +66,12 @@ def check_called(model: nn.Module, name: str) -> None:
         )
 
 
+def eager_of(module: Any) -> Any:
+    """The forward that the class of `module` had before transformers' decorator, or None without one."""
+    dispatching = (layer for layer in _layers(type(module).forward) if _dispatches(layer))
+    return getattr(next(dispatching, None), "__wrapped__", None)
+
+
 def _forward_of(module: Any) -> Any:
     return module.__dict__.get("forward", type(module).forward)
 

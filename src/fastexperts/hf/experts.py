@@ -5,6 +5,7 @@ Every flag of the interface is honoured or refused; nothing is guessed from a cl
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,7 +18,8 @@ from fastexperts.activations import Activation
 from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import outside, peft
-from fastexperts.hf.bypass import check_reached
+from fastexperts.hf.bypass import check_reached, eager_of
+from fastexperts.hf.compare import check_same, has_data
 from fastexperts.hf.gate import WAY_OUT, activation_of
 from fastexperts.hf.inventory import (
     Row,
@@ -199,9 +201,26 @@ def _row(model: nn.Module, name: str, module: Any) -> Row:
     try:
         activation = check_served(module)
         check_reached(model, name, module)
+        _check_eager(module)
     except FastexpertsError as e:
         return row_of(name, module, served=False, reason=str(e))
     return row_of(name, module, served=True, activation=label_of(activation))
+
+
+def _check_eager(module: Any) -> None:
+    """Raise unless `experts_forward` computes what the class computes by itself, where its data are here."""
+    eager = eager_of(module)
+    if eager is None or not has_data(module):
+        return
+    down = module.down_proj
+    check_same(
+        module,
+        functools.partial(eager, module),
+        functools.partial(experts_forward, module),
+        hidden=down.shape[2 if module.is_transposed else 1],
+        ids=down.shape[0],
+        way_out=WAY_OUT,
+    )
 
 
 def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: bool) -> None:

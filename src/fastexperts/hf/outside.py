@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastexperts.activations import Activation
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.bypass import check_called
+from fastexperts.hf.compare import check_same, has_data
 from fastexperts.hf.gate import activation_of
 from fastexperts.hf.inventory import Row, Summary, label_of, outside_modules, related
 from fastexperts.moe import moe_mlp
@@ -36,7 +37,6 @@ REASONS = {
 }
 """Why some classes have no adapter; of others it is said that they are not in the interface."""
 
-_TOKENS = 4
 Moe = Callable[..., Tensor]  # Adapted.moe
 
 
@@ -237,17 +237,20 @@ def check_adapted(module: nn.Module) -> tuple[Activation, torch.Size]:
             needs="that of its class",
             way_out="Call enable() before what wraps or patches the module.",
         )
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if not has_data(module):
         raise _error(
             module,
             "weights",
-            got="the meta device",
-            needs="data: the adapter is compared with the forward of the class",
-            way_out="Call enable() when the model is loaded.",
+            got="the meta device, or a shard",
+            needs="all data: the adapter is compared with the forward of the class",
+            way_out="Call enable() when the model is loaded and before it is sharded.",
         )
     adapted = Adapted(module, adapter)
-    _check_equal(adapted)
-    return activation_of(adapted), adapter.weights(module)[1].out_in.shape
+    dims = adapter.weights(module)[1].out_in.shape
+    ids = getattr(module, adapter.ids) if adapter.takes_routing else None
+    theirs = partial(type(module).forward, module)
+    check_same(module, theirs, adapted, hidden=dims[1], ids=ids, way_out=WAY_OUT)
+    return activation_of(adapted), dims
 
 
 def switch(model: nn.Module, summary: Summary) -> None:
@@ -286,34 +289,6 @@ def _check_holder(module: nn.Module, path: str, cls: str) -> None:
             needs=f"the {cls} alone: its weights are read, and it is not called",
             way_out="Adapt or shard the rest alone, or call fastexperts.hf.outside.restore(model).",
         )
-
-
-@torch.no_grad()
-def _check_equal(adapted: Adapted) -> None:
-    """Raise unless the adapter computes what the forward of the class does, on a few tokens."""
-    module, adapter = adapted.module, adapted.adapter
-    dim_d, like = adapter.weights(module)[1].out_in.shape[1], next(module.parameters())
-    generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(_TOKENS, dim_d, generator=generator).to(like)
-    inputs: tuple[Tensor, ...] = (x_TD[None],)
-    if adapter.takes_routing:
-        scores_TE = torch.rand(_TOKENS, getattr(module, adapter.ids), generator=generator).to(like)
-        inputs = (x_TD, *reversed(scores_TE.topk(min(3, scores_TE.shape[1]))))
-    with torch.autocast(like.device.type, enabled=False):
-        theirs, ours = (_tokens(run(*inputs)) for run in (partial(type(module).forward, module), adapted))
-    tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 2e-2
-    if ours.shape != theirs.shape or not (ours - theirs).norm() <= tolerance * theirs.norm():
-        raise _error(
-            module,
-            "forward",
-            got=f"one that differs from fastexperts' adapter on {_TOKENS} tokens",
-            needs=f"a relative error of {tolerance} at most: the class, or a patch of it, computes otherwise",
-            way_out=WAY_OUT,
-        )
-
-
-def _tokens(output: Any) -> Tensor:
-    return (output[0] if isinstance(output, tuple) else output).double()
 
 
 def _error(module: nn.Module, argument: str, *, got: str, needs: str, way_out: str) -> FastexpertsError:
