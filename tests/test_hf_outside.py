@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 import transformers
-from spies import spy_backend
+from spies import spy_backend, use_interpreter
 from support_hf import Ops, assert_close, relative, rescale, saved_for_backward, tokens
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -132,6 +132,19 @@ def test_logits_and_gradients_are_those_of_the_class(family, checkpointing):
     assert ops.names.count("fastexperts::moe_mlp") == 2 * (1 + checkpointing)
     assert not {"aten::index_add", "aten::index_add_", "aten::one_hot"} & set(ops.names) or family == "jetmoe"
     assert any("expert" in name or "mlp.input_linear" in name for name in wanted)
+    assert_close(got, wanted, tolerance=1e-5)
+
+
+@pytest.mark.slow  # 4 s a family
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_triton_kernels_read_the_weights_as_they_are_stored(family, monkeypatch):
+    """Transposed, flat, a part of a parameter, and two of them in one."""
+    wanted = outputs(build(family), tokens(length=5))
+    ours = enabled(family)
+    use_interpreter(monkeypatch)
+    with spy_backend() as calls:
+        got = outputs(ours, tokens(length=5))
+    assert {where for where, *_ in calls} == {"kernels"}
     assert_close(got, wanted, tolerance=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 Transformers dispatches inside the forward of an experts module, which its block calls. A hub kernel
 (`use_kernels=True`), a patched class or a patched instance that computes the experts by itself leaves both
-standing and never gets there, and nothing says so. Seen from the code of the forwards alone: nothing is run.
+standing and never gets there, and nothing says so. Read from the code of the forwards: nothing is run.
 """
 
 from __future__ import annotations
