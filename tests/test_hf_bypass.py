@@ -186,6 +186,21 @@ def through_super(model):
         layer.mlp.__class__ = Block
 
 
+def in_a_list(model):
+    """A block that holds its experts in a container."""
+
+    class Block(type(model.model.layers[0].mlp)):
+        def forward(self, hidden_states):
+            x_TD = hidden_states.flatten(0, -2)
+            _, weight_TK, ids_TK = self.gate(x_TD)
+            return sum(part(x_TD, ids_TK, weight_TK) for part in self.parts).view_as(hidden_states)
+
+    for layer in model.model.layers:
+        layer.mlp.parts = nn.ModuleList([layer.mlp.experts])
+        del layer.mlp.experts
+        layer.mlp.__class__ = Block
+
+
 def checkpoint_wrapper(model):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -203,6 +218,7 @@ def checkpoint_wrapper(model):
         expert_parallel,
         through_a_method,
         through_super,
+        in_a_list,
         checkpoint_wrapper,
     ],
 )
@@ -215,10 +231,12 @@ def test_what_wraps_a_forward_bypasses_nothing(wrap):
     assert ops.names.count("fastexperts::moe_mlp") == 2
 
 
-def test_a_block_that_kernels_may_replace_later_is_refused(monkeypatch):
+@pytest.mark.parametrize("part", ["mlp", "mlp.experts"])
+def test_what_kernels_may_replace_later_is_refused(part, monkeypatch):
     """Transformers puts the kernels in again at each change between train() and eval()."""
     model = tiny_model("qwen3_moe", "eager")
-    monkeypatch.setattr(type(model.model.layers[0].mlp), "kernel_layer_name", "HubMoe", raising=False)
+    cls = type(model.model.layers[0].get_submodule(part))
+    monkeypatch.setattr(cls, "kernel_layer_name", "HubMoe", raising=False)
     assert fastexperts.enable(model, verbose=False).served, "without use_kernels it is no more than a name"
     model._use_kernels = True
     assert model.use_kernels

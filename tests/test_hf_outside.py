@@ -312,6 +312,22 @@ def patched_layer(model):
     model.model.layers[0].forward = lambda hidden_states, **kwargs: hidden_states
 
 
+def quantised(model):
+    experts = model.model.layers[0].feed_forward.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.int8), requires_grad=False)
+
+
+def another_signature(model):
+    """What a newer transformers may do."""
+    block = model.model.layers[0].feed_forward
+
+    class Llama4TextMoe(type(block)):
+        def forward(self, hidden_states, mask):
+            return super().forward(hidden_states)
+
+    block.__class__ = Llama4TextMoe
+
+
 def hooked(model):
     model.model.layers[0].feed_forward.experts.register_forward_hook(lambda *args: None)
 
@@ -324,6 +340,8 @@ def hooked(model):
         (patched_layer, r"never calls self\.feed_forward"),
         (hooked, "`experts` got a Llama4TextExperts with hooks"),
         (lambda model: model.to("meta"), "the meta device"),
+        (quantised, "quantised"),
+        (another_signature, r"`forward` got TypeError \(.+mask"),
     ],
 )
 def test_what_an_adapter_does_not_serve_is_refused(change, message):

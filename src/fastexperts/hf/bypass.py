@@ -19,6 +19,7 @@ from fastexperts.errors import refuse
 from fastexperts.hf.gate import WAY_OUT
 
 _FUNCTIONS = (FunctionType, MethodType, partial)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Attributes under which a wrapper of a module (PEFT, checkpointing, torch.compile, FSDP) holds it.
 _WRAPPED = {"base_layer", "_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"}
 
@@ -42,7 +43,7 @@ def _check_dispatches(module: Any) -> None:
 
 
 def check_called(model: nn.Module, name: str) -> None:
-    """Raise FastexpertsError unless the block around the module `name` of `model` calls it."""
+    """Raise FastexpertsError unless the block around the module `name` of `model` calls it, now and later."""
     block, attribute = _block_of(model, name)
     if block is None:
         return
@@ -56,14 +57,15 @@ def check_called(model: nn.Module, name: str) -> None:
             way_out="Load the model without use_kernels and without a patch of the block.",
         )
     # Kernels of the hub are put in again at each change between train() and eval().
-    if hasattr(type(block), "kernel_layer_name") and _uses_kernels(model):
-        raise refuse(
-            type(block).__name__,
-            "use_kernels",
-            got="True, and a kernel of the hub may replace the block",
-            needs="False",
-            way_out="Load the model without use_kernels: a loaded one cannot be freed of them.",
-        )
+    for owner in (block, model.get_submodule(name)):
+        if hasattr(type(owner), "kernel_layer_name") and _uses_kernels(model):
+            raise refuse(
+                type(owner).__name__,
+                "use_kernels",
+                got="True, and a kernel of the hub may replace the forward",
+                needs="False",
+                way_out="Load the model without use_kernels: a loaded one cannot be freed of them.",
+            )
 
 
 def eager_of(module: Any) -> Any:
@@ -109,12 +111,15 @@ def _dispatches(function: Any) -> bool:
 
 
 def _block_of(model: nn.Module, name: str) -> tuple[Any, str]:
-    """The module whose forward has to call the module `name`, and the attribute that it calls it by."""
-    path = name.split(".")
+    """The module whose forward has to call the module `name`, and the attribute that it calls it by; None
+    where there is none, or a container, whose items no code names.
+    """
+    path = ["", *name.split(".")]
     while path[-1] in _WRAPPED:
         path.pop()
-    *parent, attribute = path or [""]
-    return (model.get_submodule(".".join(parent)), attribute) if attribute else (None, "")
+    *parent, attribute = path
+    block = model.get_submodule(".".join(parent[1:]))
+    return (None if not attribute or isinstance(block, _CONTAINERS) else block), attribute
 
 
 def _calls(block: Any, forward: Any, attribute: str) -> bool:

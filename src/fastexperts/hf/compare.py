@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fastexperts.errors import refuse
+from fastexperts.dtypes import DTYPES
+from fastexperts.errors import FastexpertsError, refuse
 
 TOKENS = 4
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}  # of the relative error; some classes compute in fp32
@@ -17,9 +18,11 @@ ROUGH = 2e-2  # in bf16 and fp16
 
 
 def has_data(module: nn.Module) -> bool:
-    """Whether every parameter of `module` is here: not on the meta device, sharded, or taken apart."""
-    parameters: list[Any] = list(module.parameters())
-    return all(p.numel() and not p.is_meta and not is_traceable_wrapper_subclass(p) for p in parameters)
+    """Whether every parameter of `module` is here and plain: not on the meta device, sharded or quantised."""
+    return all(
+        p.numel() and p.dtype in DTYPES and not p.is_meta and not is_traceable_wrapper_subclass(p)
+        for p in module.parameters()
+    )
 
 
 @torch.no_grad()
@@ -50,8 +53,19 @@ def check_same(
     if ids is not None:
         weight_TK, ids_TK = score_TE.topk(min(3, ids))
         inputs = (x_TD, ids_TK, weight_TK)
-    with torch.autocast(like.device.type, enabled=False):
-        wanted, got = (_tokens(forward(*inputs)) for forward in (theirs, ours))
+    try:
+        with torch.autocast(like.device.type, enabled=False):
+            wanted, got = (_tokens(forward(*inputs)) for forward in (theirs, ours))
+    except FastexpertsError:
+        raise
+    except Exception as e:
+        raise refuse(
+            type(module).__name__,
+            "forward",
+            got=f"{type(e).__name__} ({e}) on {TOKENS} tokens",
+            needs="the arguments and the output of the class that fastexperts knows",
+            way_out=way_out,
+        ) from e
     tolerance = TOLERANCE.get(like.dtype, ROUGH)
     if wanted.isfinite().all() and not _close(got, wanted, tolerance):
         raise refuse(

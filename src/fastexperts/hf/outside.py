@@ -103,7 +103,7 @@ class Adapted:
         return self.act_fn(gate) * up
 
     def __getattr__(self, name: str) -> Any:  # modules(), named_parameters() and what else `gate` asks for
-        if name == "module":  # not there yet, while a copy is made
+        if name == "module" or name.startswith("__"):  # asked for while a copy is made
             raise AttributeError(name)
         return getattr(self.module, name)
 
@@ -241,8 +241,8 @@ def check_adapted(module: nn.Module) -> tuple[Activation, torch.Size]:
         raise _error(
             module,
             "weights",
-            got="the meta device, or a shard",
-            needs="all data: the adapter is compared with the forward of the class",
+            got="what is on the meta device, sharded or quantised",
+            needs="plain data: the adapter is compared with the forward of the class",
             way_out="Call enable() when the model is loaded and before it is sharded.",
         )
     adapted = Adapted(module, adapter)
