@@ -25,7 +25,7 @@ from fastexperts.hf.bypass import check_called
 from fastexperts.hf.compare import check_same, has_data
 from fastexperts.hf.gate import activation_of
 from fastexperts.hf.inventory import Row, Summary, label_of, outside_modules, related
-from fastexperts.moe import moe_mlp
+from fastexperts.ops import moe_mlp
 from fastexperts.weights import Weight
 
 WAY_OUT = "Train it without fastexperts, or pass allow_unsupported=True to leave it as it is."
