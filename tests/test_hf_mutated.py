@@ -127,6 +127,8 @@ def build(cls: type, implementation: str = "fastexperts") -> Any:
         else:
             nn.init.normal_(parameter, std=parameter.shape[1 if module.is_transposed else -1] ** -0.5)
     module.has_bias = False
+    if hasattr(module, "limit"):
+        module.limit = CONFIG["swiglu_limit"]  # transformers 5.17 takes gpt_oss's from no config
     module.hidden_dim = CONFIG["hidden_size"]
     return module
 
