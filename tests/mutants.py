@@ -122,12 +122,6 @@ MUTANTS = (
         "u, g = acc.reshape(BM, BN, 2).split()",
     ),
     Mutant(
-        "mm: W stored by columns is read by rows",
-        "kernels/grouped_mm.py",
-        "kn = w_EC__.stride(3) != 1 and w_EC__.stride(2) == 1",
-        "kn = name in ('dh', 'dx')",
-    ),
-    Mutant(
         "dh: the weight of another pair",
         "kernels/grouped_mm.py",
         "p_weight + pair, mask",
@@ -300,8 +294,8 @@ MUTANTS = (
     Mutant(
         "activation: alternating columns are ignored",
         "activations.py",
-        "        if self.interleaved:\n            return h_PG[..., ::2]",
-        "        if False:\n            return h_PG[..., ::2]",
+        "return h_PG[..., ::2], h_PG[..., 1::2]",
+        "return h_PG.chunk(2, dim=-1)",
     ),
 )
 

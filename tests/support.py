@@ -272,9 +272,8 @@ def run_moe_mlp(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     grads = torch.autograd.grad(out, [leaves[name] for name in case.asked], inputs.dout)
     for name, grad in zip(case.asked, grads, strict=True):
         assert grad.dtype == leaves[name].dtype
-        if name in ("w1", "w2"):
-            grad = replace(w1, w=grad, bias=None).out_in
-        result["d" + name] = gates_first(grad) if turned and name in ("w1", "b1") else grad
+        canonical = Weight(grad, w1.transposed).out_in if name in ("w1", "w2") else grad
+        result["d" + name] = gates_first(canonical) if turned and name in ("w1", "b1") else canonical
     return result
 
 

@@ -103,9 +103,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Products run in the autocast dtype where autocast is on, else in that of `hidden_states`, whose dtype the
     output has. Raises FastexpertsError for a flag, a gate or a weight that cannot be served.
     """
-    check_flags(self)
     w1_name, w2_name = _weight_names(self)
     if not torch.compiler.is_compiling():
+        check_flags(self)
         for name in (w1_name, w2_name):
             _check_plain(self, name, getattr(self, name))
     w1, w2 = _weight(self, w1_name), _weight(self, w2_name)
@@ -159,12 +159,12 @@ def check_flags(module: Any) -> None:
 
 
 @functools.cache
-def _new_flags() -> frozenset[str]:
+def _new_flags() -> tuple[str, ...]:
     """The flags of transformers' decorator that are none of ours."""
     from transformers.integrations.moe import use_experts_implementation
 
-    parameters = inspect.signature(use_experts_implementation).parameters
-    return frozenset(name for name in parameters if name.startswith(("is_", "has_"))) - _FLAGS
+    flags = inspect.signature(use_experts_implementation).parameters
+    return tuple(flag for flag in flags if flag.startswith(("is_", "has_")) and flag not in _FLAGS)
 
 
 def check_served(module: Any) -> Activation:
