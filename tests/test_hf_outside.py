@@ -1,121 +1,19 @@
 """fastexperts.hf.outside: families that transformers dispatches nowhere, against their own forwards."""
 
 import copy
-import functools
 import io
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as nnf
-import transformers
 from spies import spy_backend, use_interpreter
-from support_hf import Ops, assert_close, relative, rescale, saved_for_backward, tokens
-from torch import nn
+from support_hf import Ops, assert_close, relative, saved_for_backward, tokens
+from support_outside import FAMILIES, build, enabled, outputs
 from torch._dynamo.backends.common import aot_autograd
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import fastexperts
 from fastexperts.activations import ACTIVATIONS
-from fastexperts.errors import FastexpertsError
 from fastexperts.hf import outside
-
-FORM = r"`.+` got (.|\n)+; it needs .+\. .+"
-COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA4 = {**COMMON, "head_dim": 8, "intermediate_size_mlp": 40}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama4": ("llama4_text", {**LLAMA4, "num_experts_per_tok": 1}),
-    "llama4, two experts a token": ("llama4_text", LLAMA4),
-    "dbrx": (
-        "dbrx",
-        {
-            "vocab_size": 97,
-            "d_model": 32,
-            "n_heads": 4,
-            "n_layers": 2,
-            "max_seq_len": 64,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-        },
-    ),
-    "longcat_flash": (
-        "longcat_flash",
-        {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 48,
-            "expert_ffn_hidden_size": 16,
-            "n_routed_experts": 4,
-            "zero_expert_num": 3,
-            "moe_topk": 5,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "head_dim": 8,
-            "routed_scaling_factor": 1.5,
-        },
-    ),
-    "jetmoe": ("jetmoe", {**COMMON, "kv_channels": 8}),
-    "step3p7": (
-        "step3p5",  # the text part
-        {
-            **COMMON,
-            "moe_intermediate_size": 16,
-            "share_expert_dim": 16,
-            "head_dim": 8,
-            "mlp_layer_types": ["sparse", "sparse"],
-            "sliding_window": 16,
-        },
-    ),
-}
-
-
-def build(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    name, values = FAMILIES[family]
-    if name not in CONFIG_MAPPING:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    config = CONFIG_MAPPING[name](**{**values, **overrides})
-    if family == "step3p7":  # no auto class takes its text part alone
-        from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
-
-        model = Step3p7TextModel(config)
-    else:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    rescale(model)
-    return model.to(dtype).train()
-
-
-def enabled(family: str, **overrides: Any) -> Any:
-    model = build(family, **overrides)
-    fastexperts.enable(model, verbose=False, allow_unsupported=family == "jetmoe")
-    return model
-
-
-def outputs(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{"logits", each trained parameter}: what the model gives for `ids`, and gradients of a loss of it."""
-    model.zero_grad()
-    logits = model(ids, use_cache=False)[0]
-    target = torch.randint(logits.shape[-1], ids.shape, generator=torch.Generator().manual_seed(3))
-    nnf.cross_entropy(logits.flatten(0, 1).float(), target.flatten()).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **gradients}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -259,115 +157,10 @@ def test_a_token_less_batch():
     assert block(torch.randn(1, 0, 32))[0].shape == (0, 32)
 
 
-def test_a_changed_activation_is_seen_at_the_next_call():
-    model = enabled("dbrx")
-    experts = model.transformer.blocks[0].ffn.experts
-    inputs = (torch.randn(1, 5, 32), torch.tensor([[0, 1]] * 5), torch.rand(5, 2))
-    experts(*inputs)
-    experts.mlp.activation_fn = nn.GELU()
-    wanted = type(experts).forward(experts, *inputs)
-    assert relative(experts(*inputs), wanted) <= 1e-6
-    experts.mlp.activation_fn = nn.Tanh()
-    with pytest.raises(FastexpertsError, match="no Activation equals"):
-        experts(*inputs)
-
-
-def scaled_by(factor):
-    def patch(forward):
-        def forward_scaled(self, *args):
-            output = forward(self, *args)
-            return (factor * output[0], *output[1:]) if isinstance(output, tuple) else factor * output
-
-        return forward_scaled
-
-    return patch
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_class_that_computes_otherwise_is_refused(family, monkeypatch):
-    model = build(family)
-    module = next(m for m in model.modules() if type(m).__name__ in outside.ADAPTERS)
-    monkeypatch.setattr(type(module), "forward", scaled_by(1.01)(type(module).forward))
-    with pytest.raises(FastexpertsError, match="on 4 tokens is not that of fastexperts"):
-        fastexperts.enable(model)
-    assert not outside.restore(model)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_comparison_serves_other_dtypes(family, dtype):
     assert outside.restore(enabled(family, dtype=dtype)) == 2
-
-
-def patched_instance(model):
-    block = model.model.layers[0].feed_forward
-    block.forward = functools.partial(type(block).forward, block)
-
-
-def another_activation(model):
-    model.model.layers[0].feed_forward.experts.act_fn = nn.Mish()
-
-
-def patched_layer(model):
-    model.model.layers[0].forward = lambda hidden_states, **kwargs: hidden_states
-
-
-def quantised(model):
-    experts = model.model.layers[0].feed_forward.experts
-    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.int8), requires_grad=False)
-
-
-def another_signature(model):
-    """What a newer transformers may do."""
-    block = model.model.layers[0].feed_forward
-
-    class Llama4TextMoe(type(block)):
-        def forward(self, hidden_states, mask):
-            return super().forward(hidden_states)
-
-    block.__class__ = Llama4TextMoe
-
-
-def hooked(model):
-    model.model.layers[0].feed_forward.experts.register_forward_hook(lambda *args: None)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (patched_instance, "`forward` got one put on the instance"),
-        (another_activation, "no Activation equals"),
-        (patched_layer, r"never calls self\.feed_forward"),
-        (hooked, "`experts` got a Llama4TextExperts with hooks"),
-        (lambda model: model.to("meta"), "the meta device"),
-        (quantised, "quantised"),
-        (another_signature, r"`forward` got TypeError \(.+mask"),
-    ],
-)
-def test_what_an_adapter_does_not_serve_is_refused(change, message):
-    model = build("llama4")
-    change(model)
-    with pytest.raises(FastexpertsError, match=FORM) as error:
-        fastexperts.enable(model)
-    assert error.match(message)
-    assert not outside.restore(model)
-
-
-def test_hooks_put_on_later_are_refused_at_the_call():
-    model = enabled("llama4")
-    hooked(model)
-    with pytest.raises(FastexpertsError, match="with hooks"):
-        model(tokens())
-
-
-@pytest.mark.parametrize("family", ["llama4", "jetmoe"])
-def test_peft_on_weights_that_are_read_is_refused(family):
-    """Its factors would have no effect, and nothing would say so."""
-    peft = pytest.importorskip("peft")
-    target = {"llama4": "feed_forward.experts.gate_up_proj", "jetmoe": "mlp.input_linear.weight"}[family]
-    model = peft.get_peft_model(enabled(family), peft.LoraConfig(target_parameters=[target], r=2))
-    with pytest.raises(FastexpertsError, match="got a ParamWrapper"):
-        model(tokens())
 
 
 @pytest.mark.parametrize("family", ["longcat_flash", "step3p7"])
@@ -388,34 +181,6 @@ def rescale_factors(model):
     for name, p in model.named_parameters():
         if "lora_" in name:
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
-
-
-def test_a_clamp_after_the_activation_has_no_row():
-    """Two layers of Step-3.7-Flash; the others are served."""
-    model = build("step3p7", swiglu_limits=[0.0, 2.0])
-    with pytest.raises(FastexpertsError, match="no Activation equals"):
-        fastexperts.enable(model)
-    summary = fastexperts.enable(model, allow_unsupported=True, verbose=False)
-    assert [row.name for row in summary.served] == ["layers.0.mlp.experts"]
-    assert outside.restore(model) == 1
-
-
-def test_attention_experts_are_said():
-    model = build("jetmoe")
-    with pytest.raises(FastexpertsError, match="projections of an attention") as error:
-        fastexperts.enable(model)
-    assert "JetMoeMoA, 2" in str(error.value)
-    assert not outside.restore(model), "nothing is switched in part"
-
-
-def test_every_reason_names_a_class_that_is_found():
-    assert not outside.REASONS.keys() & outside.ADAPTERS.keys()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            CONFIG_MAPPING["doge"](**{**COMMON, "is_moe": True, "num_experts": 16})
-        )
-    with pytest.raises(FastexpertsError, match="rows of two embeddings"):
-        fastexperts.enable(model)
 
 
 @pytest.mark.parametrize("family", ["llama4", "dbrx", "longcat_flash"])
