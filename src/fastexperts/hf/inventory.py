@@ -143,7 +143,7 @@ def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if (
             parent in blocks
-            or any(_related(name, other) for other in inside)
+            or any(related(name, other) for other in inside)
             or any(_within(name, other) for other in found)
         ):
             continue
@@ -156,5 +156,6 @@ def _within(name: str, other: str) -> bool:
     return name == other or name.startswith(other + ".")
 
 
-def _related(name: str, other: str) -> bool:
+def related(name: str, other: str) -> bool:
+    """Whether one of two modules is, or lies in, the other."""
     return _within(name, other) or _within(other, name)
