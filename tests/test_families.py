@@ -1,0 +1,169 @@
+"""Every family of transformers' experts interface: the numbers of its own eager experts, in each way to train.
+
+The outcomes are the cells of docs/support.md (`make support`).
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import DECORATOR, cases, experts_of, outputs, step, tiny_family
+from support_hf import Ops, assert_close, outputs_and_gradients
+from support_matrix import cell
+from torch import nn
+
+import fastexperts
+from fastexperts.errors import FastexpertsError
+
+FAST = ("aria", "deepseek_v4", "ernie4_5_vl_moe", "gemma4", "minimax_m3_vl", "nemotron_h", "qwen3_moe")
+"""Families whose every test is in the fast lane: each layout and activation once."""
+
+NOT_YET = {
+    "GptOssExperts": "has_bias",
+    "Inkling2Experts": "no Activation equals",
+    "MuseSparkExperts": "has_post_expert_norm",
+    "OpenAIPrivacyFilterExperts": "has_bias",
+}
+"""Experts class -> what its refusal names. One that is served all the same is tested like any other."""
+
+every_case = pytest.mark.parametrize("case", cases(), ids=str)
+every_case_slow_but_a_few = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case.family in FAST else pytest.mark.slow) for case in cases()],
+    ids=str,
+)
+
+
+@pytest.fixture
+def tiny(record_property):
+    """`tiny(case, column)`: a tiny model on eager experts, for the test that fills this cell."""
+
+    def make(case, column):
+        cell(record_property, column, case.family, case.experts)
+        model = tiny_family(case)
+        record_property("model", type(model).__name__)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def serve(record_property):
+    """`serve(model, case)`: switches every experts module and says how many; or one of NOT_YET is refused."""
+
+    def switch(model, case):
+        try:
+            summary = fastexperts.enable(model, verbose=False)
+        except FastexpertsError as e:
+            assert NOT_YET.get(case.experts, "all but NOT_YET is served") in str(e)
+            pytest.xfail(str(e).rpartition("): ")[2])
+        assert {row.name for row in summary.served} == experts_of(model, case).keys()
+        assert not summary.not_served
+        (activation,) = {row.activation for row in summary.served}
+        record_property("activation", activation)
+        return len(summary.served)
+
+    return switch
+
+
+def weights_of(model, case):
+    """The names of the experts' weights."""
+    return [
+        f"{name}.{weight}"
+        for name, module in experts_of(model, case).items()
+        for weight in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    ]
+
+
+@every_case
+def test_output_and_every_gradient(case, tiny, serve):
+    model = tiny(case, "full")
+    wanted = step(model)
+    served = serve(model, case)
+    with Ops() as ops:
+        got = step(model)
+    assert ops.names.count("fastexperts::moe_mlp") == served
+    assert wanted.keys() >= set(weights_of(model, case))
+    assert_close(got, wanted)
+
+
+@every_case_slow_but_a_few
+def test_lora(case, tiny, serve):
+    peft = pytest.importorskip("peft")
+    model = tiny(case, "LoRA")
+    targets = weights_of(model, case)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_parameters=targets, r=4, lora_alpha=6))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)  # B starts at zero, and so would the gradients of A
+    with Ops() as stock:
+        wanted = step(model)
+    served = serve(model, case)
+    with Ops() as ops:
+        got = step(model)
+    assert ops.names.count("fastexperts::moe_mlp") == served
+    folds = stock.names.count("aten::baddbmm") - ops.names.count("aten::baddbmm")
+    assert folds >= len(targets), "PEFT's folded weights were built"
+    assert len(wanted) == 1 + 2 * len(targets)
+    assert_close(got, wanted)
+
+
+@every_case_slow_but_a_few
+def test_checkpointing(case, tiny, serve):
+    model = tiny(case, "checkpointing")
+    if not model.supports_gradient_checkpointing:
+        pytest.skip(f"{type(model).__name__} does not support gradient checkpointing")
+    wanted = step(model)
+    served = serve(model, case)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with Ops() as ops:
+        got = step(model)
+    assert ops.names.count("fastexperts::moe_mlp") == 2 * served
+    assert_close(got, wanted)
+
+
+@every_case_slow_but_a_few
+def test_compiled_experts(case, tiny, serve):
+    model = tiny(case, "compile")
+    module = next(iter(experts_of(model, case).values()))
+    seen = []
+    with module.register_forward_pre_hook(lambda module, args: seen.append(args)):
+        outputs(model)
+    x_TD, ids_TK, weight_TK = (tensor.detach() for tensor in seen[0])
+    inputs = x_TD.requires_grad_(), ids_TK, weight_TK.requires_grad_()
+    wanted = outputs_and_gradients(module, module, inputs)
+    serve(model, case)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with Ops() as ops:
+        got = outputs_and_gradients(compiled, module, inputs)
+    assert ops.names.count("fastexperts::moe_mlp") == 1
+    assert_close(got, wanted)
+
+
+@every_case_slow_but_a_few
+def test_export(case, tiny, serve, tmp_path):
+    model = tiny(case, "export")
+    serve(model, case)
+    with torch.no_grad():
+        wanted = outputs(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, experts_implementation="fastexperts", dtype=torch.float32)
+    with torch.no_grad(), Ops() as ops:
+        got = outputs(again.train())
+    assert "fastexperts::moe_mlp" in ops.names
+    assert torch.equal(got, wanted)
+
+
+def test_the_walk_misses_no_class():
+    """Against a count of the decorator's lines, and against what the decorator leaves on a class."""
+    sources = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    lines = sum(len(re.findall(rf"^@{DECORATOR}\b", path.read_text(), re.MULTILINE)) for path in sources)
+    assert len(cases()) == len({case.experts for case in cases()}) == lines > 40
+    assert NOT_YET.keys() <= {case.experts for case in cases()}
+
+
+def test_the_fast_families_are_among_the_cases():
+    assert set(FAST) <= {case.family for case in cases()}
