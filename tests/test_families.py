@@ -1,4 +1,4 @@
-"""Every family of transformers' experts interface: the numbers of its own eager experts, in each way to train.
+"""Every family of transformers' experts interface: the numbers of its own eager experts, however it trains.
 
 The outcomes are the cells of docs/support.md (`make support`).
 """
@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from families import DECORATOR, cases, experts_of, outputs, step, tiny_family
-from support_hf import Ops, assert_close, outputs_and_gradients
+from spies import spy_backend
+from support_hf import Ops, assert_close, outputs_and_gradients, relative
 from support_matrix import cell
 from torch import nn
 
@@ -27,6 +28,12 @@ NOT_YET = {
     "OpenAIPrivacyFilterExperts": "has_bias",
 }
 """Experts class -> what its refusal names. One that is served all the same is tested like any other."""
+
+NO_GRADIENT = {"DiffusionGemmaTextExperts": 1}
+"""Modules whose output trains nothing: the decoder reads keys and values of the encoder's last layer alone."""
+
+ONCE = {"DiffusionGemmaTextExperts": 2}
+"""Modules that checkpointing does not run twice: those of an encoder whose cache is read."""
 
 every_case = pytest.mark.parametrize("case", cases(), ids=str)
 every_case_slow_but_a_few = pytest.mark.parametrize(
@@ -57,7 +64,8 @@ def serve(record_property):
         try:
             summary = fastexperts.enable(model, verbose=False)
         except FastexpertsError as e:
-            assert NOT_YET.get(case.experts, "all but NOT_YET is served") in str(e)
+            if NOT_YET.get(case.experts, "nothing") not in str(e):
+                raise
             pytest.xfail(str(e).rpartition("): ")[2])
         assert {row.name for row in summary.served} == experts_of(model, case).keys()
         assert not summary.not_served
@@ -69,7 +77,7 @@ def serve(record_property):
 
 
 def weights_of(model, case):
-    """The names of the experts' weights."""
+    """The names of the experts' weights in each experts module."""
     return [
         f"{name}.{weight}"
         for name, module in experts_of(model, case).items()
@@ -85,7 +93,8 @@ def test_output_and_every_gradient(case, tiny, serve):
     with Ops() as ops:
         got = step(model)
     assert ops.names.count("fastexperts::moe_mlp") == served
-    assert wanted.keys() >= set(weights_of(model, case))
+    tied_once = dict(model.named_parameters()).keys()
+    assert wanted.keys() >= tied_once & set(weights_of(model, case))
     assert_close(got, wanted)
 
 
@@ -94,7 +103,9 @@ def test_lora(case, tiny, serve):
     peft = pytest.importorskip("peft")
     model = tiny(case, "LoRA")
     targets = weights_of(model, case)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_parameters=targets, r=4, lora_alpha=6))
+    # target_modules: PEFT adds its default ones of some families, where it has a say
+    config = peft.LoraConfig(target_parameters=targets, target_modules=[], r=4, lora_alpha=6)
+    model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.2)  # B starts at zero, and so would the gradients of A
@@ -106,7 +117,7 @@ def test_lora(case, tiny, serve):
     assert ops.names.count("fastexperts::moe_mlp") == served
     folds = stock.names.count("aten::baddbmm") - ops.names.count("aten::baddbmm")
     assert folds >= len(targets), "PEFT's folded weights were built"
-    assert len(wanted) == 1 + 2 * len(targets)
+    assert len(wanted) == 1 + 2 * len(targets) - 4 * NO_GRADIENT.get(case.experts, 0)
     assert_close(got, wanted)
 
 
@@ -120,7 +131,7 @@ def test_checkpointing(case, tiny, serve):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with Ops() as ops:
         got = step(model)
-    assert ops.names.count("fastexperts::moe_mlp") == 2 * served
+    assert ops.names.count("fastexperts::moe_mlp") == 2 * served - ONCE.get(case.experts, 0)
     assert_close(got, wanted)
 
 
@@ -137,9 +148,9 @@ def test_compiled_experts(case, tiny, serve):
     serve(model, case)
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with Ops() as ops:
+    with spy_backend() as calls:  # no dispatch mode: torch.compile takes none
         got = outputs_and_gradients(compiled, module, inputs)
-    assert ops.names.count("fastexperts::moe_mlp") == 1
+    assert {"up", "down"} <= {name for _, name, _ in calls}
     assert_close(got, wanted)
 
 
@@ -154,7 +165,10 @@ def test_export(case, tiny, serve, tmp_path):
     with torch.no_grad(), Ops() as ops:
         got = outputs(again.train())
     assert "fastexperts::moe_mlp" in ops.names
-    assert torch.equal(got, wanted)
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert relative(got, wanted) <= 1e-6  # zaya's loaded tensors lie otherwise in memory: the last bit
 
 
 def test_the_walk_misses_no_class():
