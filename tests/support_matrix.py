@@ -33,13 +33,13 @@ _HEAD = """\
 # Support
 
 Drawn by `make support` from what the tests did with transformers {transformers}, PEFT {peft} and torch
-{torch}; not edited by hand. A row is a class of experts that transformers dispatches, found in its source, in a
-tiny model of its family.
+{torch}; not edited by hand. A row is a class of experts that transformers dispatches, found in its source, in
+a tiny model of its family.
 
 | column | "yes" says |
 | --- | --- |
 | full | output and every gradient within 1e-5 of transformers' eager experts (relative Frobenius, fp32) |
-| LoRA | the same with PEFT, rank 4, on both projections, against PEFT over eager experts; no weight is folded |
+| LoRA | as full, PEFT of rank 4 on both projections, against PEFT over eager experts; no weight is folded |
 | checkpointing | as full, with `use_reentrant=False`; the layers ran twice |
 | compile | as full, an experts layer of the model with `fullgraph=True` |
 | export | `save_pretrained`, `from_pretrained`: bitwise the same weights, the same output within 1e-6 |

@@ -30,7 +30,7 @@ NOT_YET = {
 """Experts class -> what its refusal names. One that is served all the same is tested like any other."""
 
 NO_GRADIENT = {"DiffusionGemmaTextExperts": 1}
-"""Modules whose output trains nothing: the decoder reads keys and values of the encoder's last layer alone."""
+"""Modules whose output trains nothing: in the encoder's last layer, whose keys and values alone are read."""
 
 ONCE = {"DiffusionGemmaTextExperts": 2}
 """Modules that checkpointing does not run twice: those of an encoder whose cache is read."""
