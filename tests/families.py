@@ -111,6 +111,8 @@ class Case:
 
     family: str
     experts: str
+    special: bool
+    """Its source has a gate of its own or passes flags to the decorator."""
 
     def __str__(self) -> str:
         return f"{self.family}-{self.experts}"
@@ -123,7 +125,7 @@ def cases() -> tuple[Case, ...]:
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         source = path.read_text(encoding="utf-8")
         if DECORATOR in source:
-            found += [Case(path.parent.name, cls) for cls in _decorated(ast.parse(source))]
+            found += _cases(path.parent.name, ast.parse(source))
     return tuple(found)
 
 
@@ -141,7 +143,7 @@ def tiny_family(case: Case, implementation: str = "eager", **overrides: Any) -> 
         config = cls.config_class(**shrunk(cls.config_class, **overrides))
         model = cls._from_config(config, experts_implementation=implementation, dtype=torch.float32)
         if experts_of(model, case):
-            _draw(model)
+            _draw(model, case)
             return model.train()
     raise LookupError(
         f"No model of {case.family} has {case.experts} in it: add a row to OVERRIDES or MODELS."
@@ -215,15 +217,17 @@ def step(model: Any) -> dict[str, Tensor]:
     return {"outputs": out.detach(), **grads}
 
 
-def _decorated(tree: ast.Module) -> list[str]:
-    """The names of the classes of a module that carry DECORATOR, called or not."""
-
-    def name(decorator: ast.expr) -> str:
-        target = decorator.func if isinstance(decorator, ast.Call) else decorator
-        return ast.unparse(target).rpartition(".")[2]
-
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    return [cls.name for cls in classes if DECORATOR in map(name, cls.decorator_list)]
+def _cases(family: str, tree: ast.Module) -> list[Case]:
+    """The classes of a module that carry DECORATOR, called or not."""
+    found = []
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for decorator in cls.decorator_list:
+            called = isinstance(decorator, ast.Call)
+            name = ast.unparse(decorator.func if called else decorator)
+            if name.rpartition(".")[2] == DECORATOR:
+                own_gate = any(getattr(member, "name", "") == "_apply_gate" for member in cls.body)
+                found.append(Case(family, cls.name, special=called or own_gate))
+    return found
 
 
 def _models(case: Case) -> list[type[PreTrainedModel]]:
@@ -264,7 +268,7 @@ def _merged(arguments: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
 
 
 @torch.no_grad()
-def _draw(model: torch.nn.Module) -> None:
+def _draw(model: torch.nn.Module, case: Case) -> None:
     """`rescale`, and what it does not know of."""
     rescale(model)
     generator = torch.Generator().manual_seed(2)
@@ -272,6 +276,12 @@ def _draw(model: torch.nn.Module) -> None:
         if name.endswith("scale") and parameter.dim() < 2:
             # hyper-connections start theirs at 0.01, which hides what comes after
             parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    for module in experts_of(model, case).values():
+        values = {**vars(module), **vars(getattr(module, "act_fn", module))}
+        if any("limit" in name or "cap" in name for name in values):
+            # about a tenth of the pre-activations then lie beyond limits of 7 and 10, and outputs stay at 1
+            module.gate_up_proj.mul_(5)
+            module.down_proj.div_(25)
     for name, buffer in model.named_buffers():
         if name.endswith("balancing_biases"):
             buffer[-1] = -1  # zaya's: transformers writes this over what it has loaded

@@ -17,6 +17,7 @@ from torch import nn
 
 import fastexperts
 from fastexperts.errors import FastexpertsError
+from fastexperts.weights import Weight
 
 FAST = ("aria", "deepseek_v4", "ernie4_5_vl_moe", "gemma4", "minimax_m3_vl", "nemotron_h", "qwen3_moe")
 """Families whose every test is in the fast lane: each layout and activation once."""
@@ -28,6 +29,9 @@ NOT_YET = {
     "OpenAIPrivacyFilterExperts": "has_bias",
 }
 """Experts class -> what its refusal names. One that is served all the same is tested like any other."""
+
+PLAIN = {"AriaExperts", "BeamExperts"}
+"""Of the special classes those that compute plain SwiGLU all the same: another layout, a gate in fp32."""
 
 NO_GRADIENT = {"DiffusionGemmaTextExperts": 1}
 """Modules whose output trains nothing: in the encoder's last layer, whose keys and values alone are read."""
@@ -85,6 +89,18 @@ def weights_of(model, case):
     ]
 
 
+def first_layer(model, case):
+    """(the first experts module that runs, what it is called with)"""
+    seen = []
+    modules = experts_of(model, case).values()
+    hooks = [module.register_forward_pre_hook(lambda *call: seen.append(call)) for module in modules]
+    outputs(model)
+    for hook in hooks:
+        hook.remove()
+    module, inputs = seen[0]
+    return module, tuple(tensor.detach() for tensor in inputs)
+
+
 @every_case
 def test_output_and_every_gradient(case, tiny, serve):
     model = tiny(case, "full")
@@ -96,6 +112,24 @@ def test_output_and_every_gradient(case, tiny, serve):
     tied_once = dict(model.named_parameters()).keys()
     assert wanted.keys() >= tied_once & set(weights_of(model, case))
     assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.special], ids=str)
+def test_what_sets_a_family_apart_shows_in_its_tiny_model(case):
+    """Biases, norms, clamps, caps: plain experts of the same weights are far off, so that tests see them."""
+    model = tiny_family(case)
+    module, inputs = first_layer(model, case)
+    with torch.no_grad():
+        wanted = module(*inputs)
+        transposed, interleaved = module.is_transposed, not module.is_concatenated
+        name = "gate_up_proj" if module.has_gate else "up_proj"
+        w1 = Weight(getattr(module, name), transposed=transposed, interleaved=interleaved)
+        w2 = Weight(module.down_proj, transposed=transposed)
+        got = fastexperts.moe_mlp(*inputs, w1, w2, activation="swiglu" if module.has_gate else "silu")
+    if case.experts in PLAIN:
+        assert relative(got, wanted) <= 1e-5
+    else:
+        assert relative(got, wanted) > 1e-2
 
 
 @every_case_slow_but_a_few
@@ -138,11 +172,7 @@ def test_checkpointing(case, tiny, serve):
 @every_case_slow_but_a_few
 def test_compiled_experts(case, tiny, serve):
     model = tiny(case, "compile")
-    module = next(iter(experts_of(model, case).values()))
-    seen = []
-    with module.register_forward_pre_hook(lambda module, args: seen.append(args)):
-        outputs(model)
-    x_TD, ids_TK, weight_TK = (tensor.detach() for tensor in seen[0])
+    module, (x_TD, ids_TK, weight_TK) = first_layer(model, case)
     inputs = x_TD.requires_grad_(), ids_TK, weight_TK.requires_grad_()
     wanted = outputs_and_gradients(module, module, inputs)
     serve(model, case)
