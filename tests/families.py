@@ -60,7 +60,17 @@ _SAM = {"image_size": 64, "output_channels": 32, "downsample_channels": [32, 32]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "DeepseekOcr2SamVisionConfig": _SAM,
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
-    "DiffusionGemmaConfig": {"canvas_length": 16},
+    "DiffusionGemmaConfig": {
+        "canvas_length": 16,
+        # transformers 5.17 builds it of this one alone, and has no default
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "position_embedding_size": 64,
+        },
+    },
     "DiffusionGemmaTextConfig": {"global_head_dim": 8},
     "Dots3NoteTextConfig": {
         "swa_q_lora_rank": 16,
