@@ -49,8 +49,9 @@ test: venv
 test-all: venv
 	$(PYTEST)
 
-# xunit1: the later one has no place for what a test records.
+# xunit1: what a test records has no place in the later format. Failing tests are cells of the page as well.
 support: venv
+	rm -f .venv/support.xml
 	-$(PYTEST) $(wildcard tests/test_families.py tests/test_distributed.py) -o junit_family=xunit1 --junitxml=.venv/support.xml
 	$(BIN)/python tests/support_matrix.py .venv/support.xml
 

@@ -34,7 +34,7 @@ _HEAD = """\
 
 Drawn by `make support` from what the tests did with transformers {transformers}, PEFT {peft} and torch
 {torch}; not edited by hand. A row is a class of experts that transformers dispatches, found in its source, in
-a tiny model of its family.
+a tiny model of its family that reads text (no images, no sound).
 
 | column | "yes" says |
 | --- | --- |
