@@ -17,6 +17,7 @@ from torch import nn
 
 import fastexperts
 from fastexperts.errors import FastexpertsError
+from fastexperts.hf.lora import lora_summary
 from fastexperts.weights import Weight
 
 FAST = ("aria", "deepseek_v4", "ernie4_5_vl_moe", "gemma4", "minimax_m3_vl", "nemotron_h", "qwen3_moe")
@@ -153,6 +154,21 @@ def test_lora(case, tiny, serve):
     assert folds >= len(targets), "PEFT's folded weights were built"
     assert len(wanted) == 1 + 2 * len(targets) - 4 * NO_GRADIENT.get(case.experts, 0)
     assert_close(got, wanted)
+
+
+@every_case
+def test_lora_config_finds_the_experts_and_the_attention(case):
+    pytest.importorskip("peft")
+    model = tiny_family(case)
+    rows = lora_summary(model, r=4).rows
+    assert {row.name for row in rows if row.kind == "experts"} == set(weights_of(model, case))
+    attention = [row.name for row in rows if row.kind == "attention"]
+    assert attention
+    modules = dict(model.named_modules())
+    for name in attention:
+        above = name.split(".")
+        owners = {type(modules[".".join(above[:depth])]).__name__ for depth in range(1, len(above))}
+        assert any(re.search("Atten|Attn|Delta|KDA", owner) for owner in owners), name
 
 
 @every_case_slow_but_a_few
