@@ -96,9 +96,13 @@ def tiny_model(family: str, implementation: str, seed: int = 0, **overrides: Any
 
 @torch.no_grad()
 def rescale(model: nn.Module, seed: int = 0) -> None:
-    """Draw the weights so that every linear map keeps N(0, 1): transformers' 0.02 hides everything."""
+    """Draw the weights so that every linear map keeps N(0, 1): transformers' 0.02 hides everything.
+
+    Of the buffers a router's bias alone: the others are tables that the model computes.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    buffers = [(name, tensor) for name, tensor in model.named_buffers() if tensor.dim() < 2]
+    for name, tensor in [*model.named_parameters(), *buffers]:
         if tensor.dim() >= 2:
             scale = 1.0 if "embed_tokens" in name else tensor.shape[-1] ** -0.5
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)

@@ -110,6 +110,16 @@ def test_a_peft_model_is_found():
     assert (summary.rows[0].experts, summary.rows[0].intermediate) == (8, 16)
 
 
+def test_what_lies_beside_wrapped_experts_is_not_taken_for_experts():
+    """muse_spark has an `pre_expert_proj` beside its experts, and PEFT puts them two modules deeper."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("qwen3_moe", "eager")
+    model.model.layers[0].mlp.pre_expert_proj = nn.Linear(32, 32)
+    lora = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], r=2)
+    assert not list(outside_modules(model))
+    assert not list(outside_modules(peft.get_peft_model(model, lora)))
+
+
 class Renamed(MixtralForCausalLM):
     """Transformers looks for its decorator in the source of this file, finds none, and switches nothing."""
 

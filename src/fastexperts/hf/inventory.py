@@ -133,7 +133,8 @@ def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     interface module.
     """
     inside = list(interface_modules(model))
-    blocks = {name.rpartition(".")[0] for name in inside}
+    # PEFT wraps an experts module once per adapted parameter: what lies beside the outermost wrapper counts.
+    blocks = {re.sub(r"(\.base_layer)+$", "", name).rpartition(".")[0] for name in inside}
     found: list[str] = []
     for name, module in model.named_modules():
         (parent, _, attribute), cls = name.rpartition("."), type(module).__name__
