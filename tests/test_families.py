@@ -16,19 +16,13 @@ from support_matrix import cell
 from torch import nn
 
 import fastexperts
-from fastexperts.errors import FastexpertsError
 from fastexperts.hf.lora import lora_summary
 
-FAST = ("aria", "deepseek_v4", "ernie4_5_vl_moe", "gemma4", "minimax_m3_vl", "nemotron_h", "qwen3_moe")
+FAST = (
+    "aria", "deepseek_v4", "ernie4_5_vl_moe", "gemma4", "gpt_oss", "inkling2", "minimax_m3_vl", "muse_spark",
+    "nemotron_h", "qwen3_moe",
+)  # fmt: skip
 """Families whose every test is in the fast lane: each layout and activation once."""
-
-NOT_YET = {
-    "GptOssExperts": "has_bias",
-    "Inkling2Experts": "no Activation equals",
-    "MuseSparkExperts": "has_post_expert_norm",
-    "OpenAIPrivacyFilterExperts": "has_bias",
-}
-"""Experts class -> what its refusal names. One that is served all the same is tested like any other."""
 
 PLAIN = {"AriaExperts", "BeamExperts"}
 """Of the special classes those that compute plain SwiGLU all the same: another layout, a gate in fp32."""
@@ -62,15 +56,10 @@ def tiny(record_property):
 
 @pytest.fixture
 def serve(record_property):
-    """`serve(model, case)`: switches every experts module and says how many; or one of NOT_YET is refused."""
+    """`serve(model, case)`: switches every experts module and says how many."""
 
     def switch(model, case):
-        try:
-            summary = fastexperts.enable(model, verbose=False)
-        except FastexpertsError as e:
-            if NOT_YET.get(case.experts, "nothing") not in str(e):
-                raise
-            pytest.xfail(str(e).rpartition("): ")[2])
+        summary = fastexperts.enable(model, verbose=False)
         assert {row.name for row in summary.served} == experts_of(model, case).keys()
         assert not summary.not_served
         (activation,) = {row.activation for row in summary.served}

@@ -28,7 +28,7 @@ from fastexperts.activations import FUNCTIONS, Activation
 from fastexperts.errors import refuse
 
 TOLERANCE = 1e-9
-"""Of |row - gate| / (1 + |gate|), both in fp64: the same formula in another order of operations differs by 1e-15."""
+"""Of |row - gate| / (1 + |gate|), both in fp64: another order of operations alone differs by 1e-15."""
 
 WAY_OUT = "Use experts_implementation='grouped_mm' or 'eager' for this model."
 
@@ -161,8 +161,8 @@ class _OtherTensorError(Exception):
 
 
 class _InputAlone(TorchDispatchMode):
-    """Raises at the first op that reads a tensor neither computed from `h_PG` nor made inside the context, and
-    leaves in fp64 what a gate would round to fp32.
+    """Raises at the first op that reads a tensor neither computed from `h_PG` nor made inside the context,
+    and leaves in fp64 what a gate would round to fp32.
     """
 
     def __init__(self, h_PG: Tensor) -> None:
