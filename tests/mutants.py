@@ -254,6 +254,12 @@ MUTANTS = (
         "_, slope = _capped(u, ACT.up_cap, FAST)",
     ),
     Mutant(
+        "weigh: the weight of another pair",
+        "kernels/combine.py",
+        "tl.load(p_weight + pair, mask=pair >= 0, other=0.0)",
+        "tl.load(p_weight + o_p, mask=pair >= 0, other=0.0)",
+    ),
+    Mutant(
         "db: the last rows are left out",
         "kernels/sum_rows.py",
         "end = tl.load(p_offsets + i_e + 1)",
