@@ -19,7 +19,7 @@ class Place(NamedTuple):
     """Where a weight stands; a gradient reaches the input of those that stand after something trained.
 
     `layer` is -1 before the first and inf after the last. `block` numbers a layer's children, norms first.
-    `rank` orders the weights of a block: 0 reads the block's input, 3 writes its output.
+    `rank` orders the weights of a block: 0 reads the block's input, OUTPUT writes its output.
     """
 
     layer: float
@@ -29,8 +29,9 @@ class Place(NamedTuple):
 
 SCORES = 2
 """The rank of attention scores and recurrences, between the projections before and after them."""
+OUTPUT = 3
 _RANKS = (
-    (re.compile(r"(^|_)(o|out|down|c)_proj$|^o_[ab]_proj$|^(wo|w2|fc2|out|dense|dense_4h_to_h)$"), 3),
+    (re.compile(r"(^|_)(o|out|down|c)_proj$|^o_[ab]_proj$|^(wo|w2|fc2|out|dense|dense_4h_to_h)$"), OUTPUT),
     (re.compile(r"(_b_proj|q_gate_proj|conv1d)$|^(x|dt)_proj$"), 1),
 )
 

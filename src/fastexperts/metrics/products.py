@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastexperts.errors import refuse
 from fastexperts.metrics.mixers import is_mixer
-from fastexperts.metrics.places import LAYER, Place, Places, in_indexer, modules_of, unknown
+from fastexperts.metrics.places import LAYER, OUTPUT, Place, Places, in_indexer, modules_of, unknown
 
 _TOP_K_NAMES = (
     "num_experts_per_tok",
@@ -73,7 +73,9 @@ def trained_places(decoder: nn.Module) -> Iterator[Place]:
     for name, module in modules.items():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad and not in_indexer(name):
-                yield places.of(name, _label(name, key, modules))
+                place = places.of(name, _label(name, key, modules))
+                # A router weighs what its block's experts put out, and changes nothing of what they read.
+                yield place._replace(rank=OUTPUT) if _ROUTER.search(name) else place
 
 
 def count_parameters(*roots: nn.Module) -> tuple[int, int]:
