@@ -178,12 +178,9 @@ def test_lora_of_experts_is_counted_for_the_experts_of_a_token():
     assert per_token.experts == Work(forward, backward, forward)
 
 
-def test_an_adapter_s_count_does_not_depend_on_who_wraps_it():
+def test_a_compiled_model_counts_the_same():
     model = tiny_model("qwen3_moe", "eager")
-    whole = count_flops(model)
-    compiled = torch.compile(model, backend="eager")
-    assert count_flops(compiled) == whole
-    assert count_flops(nn.Sequential(model)[0]) == whole
+    assert count_flops(torch.compile(model, backend="eager")) == count_flops(model)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "gemma4"])
@@ -195,8 +192,8 @@ def test_a_config_counts_like_its_model(family):
 @pytest.mark.parametrize(
     ("family", "total", "active"),
     [
-        # Model cards: DeepSeek-V3 671B, 37B activated; Mixtral-8x7B 46.7B, 12.9B. Embeddings are included here,
-        # as DeepSeek does without: 0.9B of 129,280 x 7168.
+        # Model cards: DeepSeek-V3 671B, 37B activated; Mixtral-8x7B 46.7B, 12.9B. Embeddings are included
+        # here, where DeepSeek leaves the input's out: 0.9B of 129,280 x 7168.
         ("deepseek_v3", 671.0e9, 37.5e9),
         ("mixtral", 46.7e9, 12.9e9),
     ],

@@ -14,6 +14,9 @@ LAYER = re.compile(r"^(?:layers|h|blocks)\.(\d+)\.(\w+)")
 _UNUSED = re.compile(r"(^|\.)(original_module|vision_moe)(\.|$)")
 """What PEFT keeps beside the copy that it trains, and the experts of image tokens (ernie4_5_vl_moe)."""
 
+_WRAPPERS = frozenset(("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"))
+"""What FSDP's activation checkpointing, torch.compile and FSDP itself put between a name and its children."""
+
 
 class Place(NamedTuple):
     """Where a weight stands; a gradient reaches the input of those that stand after something trained.
@@ -69,7 +72,12 @@ def _rank(name: str, label: str) -> float:
 
 def modules_of(decoder: nn.Module) -> dict[str, nn.Module]:
     """name -> module, of those that a token goes through."""
-    return {name: module for name, module in decoder.named_modules() if not _UNUSED.search(name)}
+    named: dict[str, nn.Module] = {}
+    for name, module in decoder.named_modules():
+        if not _UNUSED.search(name):
+            # A wrapper and what it wraps get one name: the inner one comes last, and stays.
+            named[".".join(part for part in name.split(".") if part not in _WRAPPERS)] = module
+    return named
 
 
 def in_indexer(name: str) -> bool:
