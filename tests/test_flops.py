@@ -226,8 +226,36 @@ def test_a_window_limits_the_keys():
     heads = config.num_attention_heads * config.head_dim
     seen = torch.arange(1, length + 1).double()
     causal = 4 * heads * (seen.mean() + seen.clamp(max=8).mean())
-    assert per_token.attention_scores.forward == 4 * heads * (length + 8)
+    assert per_token.attention_scores_full.forward == 4 * heads * (length + 8)
     assert per_token.attention_scores_causal.forward == pytest.approx(causal.item())
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "windows"),
+    [
+        ("mixtral", {"sliding_window": 16}, {16}),  # every layer's, from the config
+        ("phimoe", {"sliding_window": 16}, {16}),
+        ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": False}, {None}),
+        (
+            "exaone_moe",
+            {"sliding_window": 16},
+            {16, None},
+        ),  # modules keep the window where they do not use it
+        ("kolibri1", {"sliding_window": 16}, {16, None}),
+        ("gemma4", {"sliding_window": 16}, {16, None}),
+    ],
+)
+def test_windows_are_read_where_a_family_keeps_them(family, sizes, windows):
+    layers = {"layer_types": ["sliding_attention", "full_attention"]} if len(windows) == 2 else {}
+    spans = count_flops(tiny_family(case_of(family), **sizes, **layers)).pairs
+    assert {span.limit for span in spans} == windows
+
+
+def test_tied_embeddings_are_parameters_once():
+    untied, tied = (count_flops(tiny_config("qwen3_moe", tie_word_embeddings=tie)) for tie in (False, True))
+    assert untied.parameters - tied.parameters == 97 * 32
+    assert untied.active_parameters - tied.active_parameters == 97 * 32
+    assert untied.per_token(8) == tied.per_token(8)
 
 
 def test_sparse_attention_meets_what_its_indexer_chooses():
@@ -242,8 +270,10 @@ def test_sparse_attention_meets_what_its_indexer_chooses():
     per_token = count_flops(config).per_token(16)
     scores, indexer = 4 * (16 + 8), 2 * (16 + 1)
     layers = config.num_hidden_layers
-    assert per_token.attention_scores.forward == 2 * layers * (4 * scores + 16 * indexer)
-    assert per_token.attention_scores.backward == 2 * 2 * layers * 4 * scores, "no gradient through a choice"
+    assert per_token.attention_scores_full.forward == 2 * layers * (4 * scores + 16 * indexer)
+    assert per_token.attention_scores_full.backward == 2 * 2 * layers * 4 * scores, (
+        "no gradient through a choice"
+    )
 
 
 def test_compressed_attention_meets_every_nth_key_too():
@@ -271,7 +301,9 @@ def test_the_parts_add_up_and_are_shown():
     both = sum(part.total for part in parts)
     assert per_token.by("full").total + per_token.attention_scores_causal.total == pytest.approx(both)
     text = str(per_token)
-    for row in ("experts", "dense", "router", "lm head", "total, causal attention", "total, full attention"):
+    for row in ("experts", "dense", "router", "lm head", "attention scores full", "attention scores causal"):
+        assert row in text
+    for row in ("total, causal attention", "total, full attention"):
         assert row in text
     assert "recurrence" not in text, "what the model does not have is not shown"
 

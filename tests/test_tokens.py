@@ -4,6 +4,7 @@ import pytest
 import torch
 from support_hf import Ops, tiny_model, tokens
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastexperts.metrics.mixers import Span
 from fastexperts.metrics.tokens import TokenMeter, count
@@ -49,8 +50,15 @@ def test_packed_documents_meet_their_own_keys(causal):
     """The last three are padding, as TRL pads: positions of 0."""
     position = torch.tensor([[*range(5), *range(7), *range(2), 0, 0, 0]])
     assert counted(position=position, causal=causal) == expected([5, 7, 2], causal=causal)
-    everything = torch.ones_like(position)
-    assert counted(everything, position, causal=causal) == expected([5, 7, 2], causal=causal)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_mask_tells_padding_among_positions(causal):
+    """Positions that run on through padding, and rows and documents of one token."""
+    rows = torch.arange(9).expand(3, 9)
+    assert counted(masked([5, 9, 1], 9), rows, causal=causal) == expected([5, 9, 1], causal=causal)
+    packed = torch.tensor([[*range(5), *range(3), 0, 1, 2]])
+    assert counted(masked([9], 11), packed, causal=causal) == expected([5, 3, 1], causal=causal)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -91,6 +99,15 @@ def test_each_micro_batch_is_counted_once(checkpointing):
         Wrapper(model)(**batch(), use_cache=False).logits.sum().backward()
     assert meter.take() == (3 * 17, {Span(): 3 * met(Span(), [12, 5], causal=True)})
     assert meter.take() == (0, {Span(): 0}), "taken is taken"
+
+
+def test_a_model_that_is_recomputed_as_a_whole_is_counted_once():
+    model = tiny_model("qwen3_moe", "eager").train()
+    meter = TokenMeter(model)
+    embeddings = torch.randn(2, 7, 32, requires_grad=True)
+    logits = checkpoint(lambda x: model(inputs_embeds=x).logits, embeddings, use_reentrant=False)
+    logits.sum().backward()
+    assert meter.take()[0] == 14
 
 
 def test_evaluation_and_forwards_without_gradients_are_not_counted():

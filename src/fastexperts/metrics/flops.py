@@ -65,7 +65,7 @@ class FlopsPerToken:
     length: int
     attention_projections: Work
     """The linear maps of attention, linear attention and state spaces, with their convolutions."""
-    attention_scores: Work
+    attention_scores_full: Work
     """Queries with keys, probabilities with values, and indexers of sparse attention: full convention."""
     attention_scores_causal: Work
     """The same by the causal convention."""
@@ -82,7 +82,7 @@ class FlopsPerToken:
 
     def by(self, convention: Convention) -> Work:
         """All parts together, by `convention`."""
-        scores = self.attention_scores if convention == "full" else self.attention_scores_causal
+        scores = self.attention_scores_full if convention == "full" else self.attention_scores_causal
         return sum((work for name, work in self._rows() if "scores" not in name), scores)
 
     def _rows(self) -> list[tuple[str, Work]]:
@@ -129,7 +129,7 @@ class ModelFlops:
             all_keys = float(span.met(seen[-1:]))
             full += work * all_keys
             causal += work * (float(span.met(seen).double().mean()) if span.causal else all_keys)
-        return FlopsPerToken(length, attention_scores=full, attention_scores_causal=causal, **self.fixed)
+        return FlopsPerToken(length, attention_scores_full=full, attention_scores_causal=causal, **self.fixed)
 
     def __str__(self) -> str:
         left = f"; not counted: {', '.join(self.not_counted)}" if self.not_counted else ""

@@ -171,8 +171,6 @@ def _window(module: Any) -> int | None:
         return module.sliding_window or None
     if kind == "chunked_attention":
         return int(config.attention_chunk_size)
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
     return getattr(config, "sliding_window", None) or None
 
 

@@ -17,9 +17,9 @@ class TokenMeter:
 
     A micro-batch is one call of `model`, whatever wraps it. Not counted: evaluation, forwards without
     gradients, the recomputation of gradient checkpointing, and padding, which `attention_mask` tells.
-    Documents that are packed into one row are told by `position_ids`, which begin at 0 in each; there a
-    document of a single token is not counted, since padding looks like one. Counting needs no host
-    synchronisation; `take` does.
+    Documents that are packed into one row are told by `position_ids`, which begin at 0 in each; there,
+    without a mask, a document of a single token is not counted, since padding looks like one. Counting
+    needs no host synchronisation; `take` does.
     """
 
     def __init__(self, model: nn.Module, spans: Sequence[Span] = (), *, causal: bool = True) -> None:
@@ -67,7 +67,7 @@ def count(
     # A document ends where the next token is no successor: it is another one's, padding, or there is none.
     successor_BS = (seen_BS[:, 1:] == seen_BS[:, :-1] + 1) & keep_BS[:, 1:]
     end_BS = keep_BS & ~nn.functional.pad(successor_BS, (0, 1))
-    if position_BS is not None:
+    if position_BS is not None and mask_BS is None:
         alone_BS = end_BS & (seen_BS == 1)
         keep_BS, end_BS = keep_BS & ~alone_BS, end_BS & ~alone_BS
     counts = [keep_BS.sum()]
