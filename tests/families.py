@@ -1,4 +1,4 @@
-"""Every experts class of the installed transformers, found in its source, each in a tiny model of its family."""
+"""Every experts class of the installed transformers, found in its source, in a tiny model of its family."""
 
 from __future__ import annotations
 
@@ -60,7 +60,17 @@ _SAM = {"image_size": 64, "output_channels": 32, "downsample_channels": [32, 32]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "DeepseekOcr2SamVisionConfig": _SAM,
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
-    "DiffusionGemmaConfig": {"canvas_length": 16},
+    "DiffusionGemmaConfig": {
+        "canvas_length": 16,
+        # transformers 5.17 builds it of this one alone, and has no default
+        "vision_config": {
+            "model_type": "gemma4_vision",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "position_embedding_size": 64,
+        },
+    },
     "DiffusionGemmaTextConfig": {"global_head_dim": 8},
     "Dots3NoteTextConfig": {
         "swa_q_lora_rank": 16,
@@ -96,7 +106,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 MODELS = {"Qwen3OmniMoeTalkerTextExperts": "Qwen3OmniMoeTalkerModel"}
 """Experts class -> the model to take, where the likeliest one has no forward on tokens alone."""
 
-_LIKELIEST = ("ForCausalLM", "ForConditionalGeneration", "ForBlockDiffusion", "ForTokenClassification", "Model")
+_LIKELIEST = (
+    "ForCausalLM",
+    "ForConditionalGeneration",
+    "ForBlockDiffusion",
+    "ForTokenClassification",
+    "Model",
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,8 @@ class Case:
 
     family: str
     experts: str
+    special: bool
+    """Its source has a gate of its own or passes flags to the decorator."""
 
     def __str__(self) -> str:
         return f"{self.family}-{self.experts}"
@@ -117,7 +135,7 @@ def cases() -> tuple[Case, ...]:
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         source = path.read_text(encoding="utf-8")
         if DECORATOR in source:
-            found += [Case(path.parent.name, cls) for cls in _decorated(ast.parse(source))]
+            found += _cases(path.parent.name, ast.parse(source))
     return tuple(found)
 
 
@@ -129,16 +147,17 @@ def case_of(family: str) -> Case:
 def tiny_family(case: Case, implementation: str = "eager", **overrides: Any) -> PreTrainedModel:
     """A tiny model in training mode that has the experts class: the likeliest that people would train.
 
-    `overrides` of its config come last, those of a sub-config as a dict. Weights are drawn by `rescale`.
+    `overrides` of its config come last, those of a sub-config as a dict. Pre-activations are about N(0, 1).
     """
     for cls in _models(case):
         config = cls.config_class(**shrunk(cls.config_class, **overrides))
         model = cls._from_config(config, experts_implementation=implementation, dtype=torch.float32)
         if experts_of(model, case):
-            rescale(model)
-            _scales(model)
+            _draw(model, case)
             return model.train()
-    raise LookupError(f"No model of {case.family} has {case.experts} in it: add a row to OVERRIDES or MODELS.")
+    raise LookupError(
+        f"No model of {case.family} has {case.experts} in it: add a row to OVERRIDES or MODELS."
+    )
 
 
 def experts_of(model: torch.nn.Module, case: Case) -> dict[str, Any]:
@@ -159,7 +178,9 @@ def shrunk(config_class: type[PretrainedConfig], **overrides: Any) -> dict[str, 
         elif name.endswith("dropout") and value:
             arguments[name] = 0.0
         elif name == "mlp_layer_types" and value:
-            arguments[name] = value[-1:] * LAYERS  # the last layers of a model are mixtures, the first may be not
+            arguments[name] = (
+                value[-1:] * LAYERS
+            )  # the last layers of a model are mixtures, the first may be not
         elif name == "layer_types" and value:
             kinds = list(dict.fromkeys(reversed(value)))[:LAYERS]
             arguments[name] = [*kinds, *kinds][:LAYERS][::-1]
@@ -174,12 +195,15 @@ def shrunk(config_class: type[PretrainedConfig], **overrides: Any) -> dict[str, 
 
 def inputs(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
     """What the forward of a tiny `model` takes: token ids, and vectors where it has no embedding for them."""
-    ids = tokens(seed)
+    ids, generator = tokens(seed), torch.Generator().manual_seed(seed)
+    takes = inspect.signature(model.forward).parameters
     if type(model).__name__ == MODELS["Qwen3OmniMoeTalkerTextExperts"]:
-        generator = torch.Generator().manual_seed(seed)
         return {"inputs_embeds": torch.randn(*ids.shape, model.config.hidden_size, generator=generator)}
-    if "moe_mm_token_type_ids" in inspect.signature(model.forward).parameters:
+    if "moe_mm_token_type_ids" in takes:
         return {"input_ids": ids, "moe_mm_token_type_ids": (ids % 2).int()}  # half of them to other experts
+    if "self_conditioning_logits" in takes:
+        last = torch.randn(len(ids), model.config.canvas_length, VOCABULARY, generator=generator)
+        return {"input_ids": ids, "self_conditioning_logits": last}
     return {"input_ids": ids}
 
 
@@ -203,15 +227,17 @@ def step(model: Any) -> dict[str, Tensor]:
     return {"outputs": out.detach(), **grads}
 
 
-def _decorated(tree: ast.Module) -> list[str]:
-    """The names of the classes of a module that carry DECORATOR, called or not."""
-
-    def name(decorator: ast.expr) -> str:
-        target = decorator.func if isinstance(decorator, ast.Call) else decorator
-        return ast.unparse(target).rpartition(".")[2]
-
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    return [cls.name for cls in classes if DECORATOR in map(name, cls.decorator_list)]
+def _cases(family: str, tree: ast.Module) -> list[Case]:
+    """The classes of a module that carry DECORATOR, called or not."""
+    found = []
+    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for decorator in cls.decorator_list:
+            called = isinstance(decorator, ast.Call)
+            name = ast.unparse(decorator.func if called else decorator)
+            if name.rpartition(".")[2] == DECORATOR:
+                own_gate = any(getattr(member, "name", "") == "_apply_gate" for member in cls.body)
+                found.append(Case(family, cls.name, special=called or own_gate))
+    return found
 
 
 def _models(case: Case) -> list[type[PreTrainedModel]]:
@@ -252,9 +278,20 @@ def _merged(arguments: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
 
 
 @torch.no_grad()
-def _scales(model: torch.nn.Module) -> None:
-    """About 1 for the learned scales of hyper-connections, which start at 0.01: nothing is hidden by them."""
+def _draw(model: torch.nn.Module, case: Case) -> None:
+    """`rescale`, and what it does not know of."""
+    rescale(model)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if name.endswith("scale") and parameter.dim() < 2:
+            # hyper-connections start theirs at 0.01, which hides what comes after
             parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    for module in experts_of(model, case).values():
+        values = {**vars(module), **vars(getattr(module, "act_fn", module))}
+        if any("limit" in name or "cap" in name for name in values):
+            # about a tenth of the pre-activations then lie beyond limits of 7 and 10, and outputs stay at 1
+            module.gate_up_proj.mul_(5)
+            module.down_proj.div_(25)
+    for name, buffer in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            buffer[-1] = -1  # zaya's: transformers writes this over what it has loaded

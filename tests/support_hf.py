@@ -183,6 +183,12 @@ def toy_experts(
             for parameter, dims, fan_in in ((name, up, hidden), ("down_proj", down, intermediate)):
                 value = torch.randn(experts, *dims) * fan_in**-0.5
                 self.register_parameter(parameter, nn.Parameter(value))
+                if flags.get("has_bias"):
+                    bias = torch.randn(experts, dims[-1] if transposed else dims[0])
+                    self.register_parameter(parameter + "_bias", nn.Parameter(bias))
+            if flags.get("has_post_expert_norm"):
+                self.post_expert_norm = nn.RMSNorm(hidden)
+                nn.init.normal_(self.post_expert_norm.weight)
             self.act_fn = nn.SiLU() if act_fn is None else act_fn
             for key, value in (values or {}).items():
                 setattr(self, key, value)

@@ -5,6 +5,8 @@ Every flag of the interface is honoured or refused; nothing is guessed from a cl
 
 from __future__ import annotations
 
+import functools
+import inspect
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,18 +18,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastexperts.activations import Activation
 from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
-from fastexperts.hf import peft
+from fastexperts.hf import outside, peft
+from fastexperts.hf.bypass import check_reached, eager_of
+from fastexperts.hf.compare import check_same, has_data
 from fastexperts.hf.gate import WAY_OUT, activation_of
 from fastexperts.hf.inventory import (
     Row,
     Summary,
     interface_modules,
     label_of,
-    outside_modules,
     row_of,
     stored,
 )
-from fastexperts.moe import moe_mlp
+from fastexperts.ops import moe_mlp
 from fastexperts.weights import Weight
 
 NAME = "fastexperts"
@@ -61,23 +64,20 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         verbose: print the summary.
 
     Transformers selects the implementation per config, so a module that shares its config with one that
-    cannot be served stays as well, and its row says so.
+    cannot be served stays as well, and its row says so. Modules outside its interface that have an adapter
+    (`hf.outside`) get another forward, which `hf.outside.restore` takes away.
     """
     register()
     roots = _pretrained_models(model)
     modules = interface_modules(model)
-    rows = {name: _row(name, module) for name, module in modules.items()}
+    rows = {name: _row(model, name, module) for name, module in modules.items()}
     unswitchable = {id(modules[name].config): row for name, row in rows.items() if not row.served}
     for name, row in rows.items():
         culprit = unswitchable.get(id(modules[name].config))
         if row.served and culprit is not None:
             reason = f"shares its config with {culprit.name}, which is not served"
             rows[name] = row_of(name, modules[name], served=False, activation=row.activation, reason=reason)
-    outside = tuple(
-        Row(name, type(module).__name__, served=False, reason="not in transformers' experts interface")
-        for name, module in outside_modules(model)
-    )
-    summary = Summary((*rows.values(), *outside))
+    summary = Summary((*rows.values(), *outside.rows(model)))
     _check_switchable(model, summary, allow_unsupported)
 
     before = {
@@ -91,6 +91,7 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         wanted = previous if key in unswitchable else NAME
         if config._experts_implementation != wanted:
             config._experts_implementation = wanted
+    outside.switch(model, summary)
     if verbose:
         print(summary)
     return summary
@@ -102,27 +103,38 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Products run in the autocast dtype where autocast is on, else in that of `hidden_states`, whose dtype the
     output has. Raises FastexpertsError for a flag, a gate or a weight that cannot be served.
     """
-    check_flags(self)
     w1_name, w2_name = _weight_names(self)
-    w1, w2 = getattr(self, w1_name), getattr(self, w2_name)
     if not torch.compiler.is_compiling():
-        for name, w in ((w1_name, w1), (w2_name, w2)):
-            _check_plain(self, name, w)
-    return moe_mlp(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        Weight(
+        check_flags(self)
+        for name in (w1_name, w2_name):
+            _check_plain(self, name, getattr(self, name))
+    w1, w2 = _weight(self, w1_name), _weight(self, w2_name)
+    activation = activation_of(self)
+    # transformers < 5.23 does not say, and sends the same sentinels.
+    expert_parallel = getattr(self, "_is_expert_parallel", True)
+    if not getattr(self, "has_post_expert_norm", False):
+        return moe_mlp(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
             w1,
-            transposed=self.is_transposed,
-            interleaved=not self.is_concatenated,
-            lora=peft.update_of(self, w1_name),
-        ),
-        Weight(w2, transposed=self.is_transposed, lora=peft.update_of(self, w2_name)),
-        activation=activation_of(self),
-        # transformers < 5.23 does not say, and sends the same sentinels.
-        expert_parallel=getattr(self, "_is_expert_parallel", True),
-    )
+            w2,
+            activation=activation,
+            expert_parallel=expert_parallel,
+        )
+    # The norm comes between an expert and its weight: every pair is a token of its own, with one expert.
+    x_PD = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
+    ids_P1, weight_P1 = top_k_index.reshape(-1, 1), top_k_weights.reshape(-1, 1)
+    ones_P1 = torch.ones_like(weight_P1)
+    y_PD = moe_mlp(x_PD, ids_P1, ones_P1, w1, w2, activation=activation, expert_parallel=expert_parallel)
+    y_PD = self.post_expert_norm(y_PD) * weight_P1
+    return y_PD.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+
+def _weight(module: Any, name: str) -> Weight:
+    """The projection `name` of an experts module, with its bias and what adapters add to it."""
+    bias = getattr(module, name + "_bias") if module.has_bias else None
+    return Weight(getattr(module, name), module.is_transposed, bias, peft.update_of(module, name))
 
 
 def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -130,16 +142,29 @@ def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     raise _fp8_refusal(self)
 
 
+_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+
+
 def check_flags(module: Any) -> None:
-    """Raise FastexpertsError for a flag of the interface that is set and not served."""
-    for flag, what in (
-        ("has_bias", "no expert biases"),
-        ("has_post_expert_norm", "no norm after each expert"),
-    ):
-        if getattr(module, flag, False):  # has_post_expert_norm came after transformers 5.17
+    """Raise FastexpertsError for a flag of the interface that is set and that this version does not know."""
+    for flag in _new_flags():
+        if getattr(module, flag, False):
             raise refuse(
-                type(module).__name__, flag, got=True, needs=f"False ({what} so far)", way_out=WAY_OUT
+                type(module).__name__,
+                flag,
+                got=True,
+                needs=f"False: it came with a newer transformers and is none of {', '.join(sorted(_FLAGS))}",
+                way_out=WAY_OUT,
             )
+
+
+@functools.cache
+def _new_flags() -> tuple[str, ...]:
+    """The flags of transformers' decorator that are none of ours."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    flags = inspect.signature(use_experts_implementation).parameters
+    return tuple(flag for flag in flags if flag.startswith(("is_", "has_")) and flag not in _FLAGS)
 
 
 def check_served(module: Any) -> Activation:
@@ -197,12 +222,30 @@ def _fp8_refusal(module: Any) -> FastexpertsError:
     )
 
 
-def _row(name: str, module: Any) -> Row:
+def _row(model: nn.Module, name: str, module: Any) -> Row:
     try:
         activation = check_served(module)
+        check_reached(model, name, module)
+        _check_eager(module)
     except FastexpertsError as e:
         return row_of(name, module, served=False, reason=str(e))
     return row_of(name, module, served=True, activation=label_of(activation))
+
+
+def _check_eager(module: Any) -> None:
+    """Raise unless `experts_forward` computes what the class computes by itself, where its data are here."""
+    eager = eager_of(module)
+    if eager is None or not has_data(module):
+        return
+    down = module.down_proj
+    check_same(
+        module,
+        functools.partial(eager, module),
+        functools.partial(experts_forward, module),
+        hidden=down.shape[2 if module.is_transposed else 1],
+        ids=down.shape[0],
+        way_out=WAY_OUT,
+    )
 
 
 def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: bool) -> None:

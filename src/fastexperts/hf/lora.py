@@ -23,7 +23,8 @@ MAX_RANK = 128
 EXPERTS, ATTENTION, SHARED, ROUTER, SAVED = "experts", "attention", "shared experts", "router", "full"
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# By name or by class (nemotron_h: mixer), and not post_attention_layernorm or attn_hyper_connection.
+_ATTENTION = re.compile(r"(attn|attention)$", re.IGNORECASE)
 _INDEXER = re.compile(r"indexer", re.IGNORECASE)  # picks tokens by top-k: nothing in it has a gradient
 _SHARED = re.compile(r"^shared_(experts?|mlp)$")
 _ROUTER = re.compile(r"^(gate$|router)")
@@ -216,11 +217,13 @@ def _find(model: nn.Module, parts: dict[str, bool]) -> dict[str, list[LoraRow]]:
             count, rows, columns = weight.shape
             found[EXPERTS].append(LoraRow(full, EXPERTS, count, count * (rows + columns)))
     stacks = {layer.rpartition(".")[0] for layer in experts_of}
+    attentions = [f"{name}." for name, m in model.named_modules() if _ATTENTION.search(type(m).__name__)]
     for name, module in model.named_modules():
         layer = _layer_of(name)
         if experts and layer.rpartition(".")[0] not in stacks:
             continue  # another tower of the model, such as vision
-        kind = _kind_of(name.removeprefix(f"{layer}.").split("."), module)
+        in_attention = any(name.startswith(attention) for attention in attentions)
+        kind = _kind_of(name.removeprefix(f"{layer}.").split("."), module, in_attention)
         if kind == ROUTER and parts[kind]:
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and len(weight) == experts_of.get(layer):
@@ -230,7 +233,7 @@ def _find(model: nn.Module, parts: dict[str, bool]) -> dict[str, list[LoraRow]]:
     return found
 
 
-def _kind_of(path: list[str], module: Any) -> str | None:
+def _kind_of(path: list[str], module: Any, in_attention: bool) -> str | None:
     """What a module at `path` in its layer is, of what can be adapted beside experts."""
 
     def within(name: re.Pattern[str]) -> bool:
@@ -238,7 +241,7 @@ def _kind_of(path: list[str], module: Any) -> str | None:
 
     if isinstance(module, nn.Linear) and within(_SHARED):
         return SHARED
-    if isinstance(module, nn.Linear) and within(_ATTENTION):
+    if isinstance(module, nn.Linear) and (in_attention or within(_ATTENTION)):
         return None if within(_INDEXER) else ATTENTION
     return ROUTER if within(_ROUTER) else None
 

@@ -1,5 +1,5 @@
-"""Rows to tokens and back: `combine` (weighted sum over k), `gather` (a row's token), and the sums of
-dweight.
+"""Rows to tokens and back: `combine` (weighted sum over k), `gather` (a row's token), `weigh` (rows times
+weights), and the sums of dweight.
 
 Legend: T tokens, K top-k, P = T*K rows, D model dim.
 """
@@ -64,14 +64,39 @@ def _gather(
         tl.store(p_out + row * dim_d + o_d, x, mask=m_d & (row >= 0))
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _weigh(
+    p_rows,  # [P, R]
+    p_weight,  # [P] by pair
+    p_pair_of_row,  # [P]
+    p_out,  # [P, R]
+    num_rows,
+    R: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Grid (P blocks,): one program owns BLOCK_P rows; rows without a pair stay undefined."""
+    o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_r = tl.arange(0, BLOCK_R)
+    pair = tl.load(p_pair_of_row + o_p, mask=o_p < num_rows, other=-1)
+    weight = tl.load(p_weight + pair, mask=pair >= 0, other=0.0)
+    m_block = (pair >= 0)[:, None] & (o_r < R)[None, :]
+    o_block = o_p.to(tl.int64)[:, None] * R + o_r[None, :]
+    value = tl.load(p_rows + o_block, mask=m_block).to(ACC) * weight.to(ACC)[:, None]
+    tl.store(p_out + o_block, value.to(p_out.dtype.element_ty), mask=m_block)
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def _sum_dweight(
     p_partial,  # [NB, P] by row
+    p_plus,  # [P] by pair
     p_row_of_pair,  # [P]
     p_out,  # [P] by pair
     num_pairs,
     num_blocks,
     BLOCK: tl.constexpr,
+    PLUS: tl.constexpr,
 ):
     """Grid (P blocks): one program sums the column blocks of BLOCK pairs in order; no row gives 0."""
     o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -82,6 +107,8 @@ def _sum_dweight(
     for _ in range(num_blocks):
         total += tl.load(p_block, mask=row >= 0, other=0.0)
         p_block += num_pairs
+    if PLUS:
+        total += tl.load(p_plus + o_p, mask=m_p, other=0.0)
     tl.store(p_out + o_p, total.to(p_out.dtype.element_ty), mask=m_p)
 
 
@@ -124,16 +151,36 @@ def gather(x_TD: Tensor, routing: Routing) -> Tensor:
 
 
 @planned
-def _sum_plan(dweight_TK: Tensor, *, wide: torch.dtype) -> Plan:
-    return Plan(_sum_dweight, (None,) * 3, (), dict(BLOCK=256))
+def _weigh_plan(rows_PR: Tensor, weight_TK: Tensor) -> Plan:
+    block_r = triton.next_power_of_2(rows_PR.shape[1])
+    acc, block_p = accumulator(rows_PR.dtype), max(1, 2048 // block_r)
+    options = dict(R=rows_PR.shape[1], ACC=acc, BLOCK_P=block_p, BLOCK_R=block_r)
+    return Plan(_weigh, (None,) * 4, (), options)
 
 
-def sum_dweight(partial_NP: Tensor, routing: Routing, like_TK: Tensor) -> Tensor:
-    """dweight_TK from the partial sums per block of columns, in the dtype of `like_TK`."""
+def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
+    """See backend.Backend."""
+    rows_PR, weight_TK = rows_PR.contiguous(), weight_TK.contiguous()
+    out_PR = torch.empty_like(rows_PR)
+    if out_PR.numel():
+        plan = _weigh_plan(rows_PR, weight_TK)
+        grid = (triton.cdiv(len(rows_PR), plan.constants["BLOCK_P"]),)
+        plan(grid, (rows_PR, weight_TK, routing.pair_of_row_P, out_PR), len(rows_PR))
+    return out_PR
+
+
+@planned
+def _sum_plan(dweight_TK: Tensor, plus_TK: Tensor | None, *, wide: torch.dtype) -> Plan:
+    return Plan(_sum_dweight, (None,) * 4, (), dict(BLOCK=256, PLUS=plus_TK is not None))
+
+
+def sum_dweight(partial_NP: Tensor, plus_TK: Tensor | None, routing: Routing, like_TK: Tensor) -> Tensor:
+    """dweight_TK from the partial sums per block of columns, and `plus`, in the dtype of `like_TK`."""
     dweight_TK = torch.empty_like(like_TK, memory_format=torch.contiguous_format)
     num_blocks, num_pairs = partial_NP.shape
     if num_pairs:
-        plan = _sum_plan(dweight_TK, wide=partial_NP.dtype)
+        plan = _sum_plan(dweight_TK, plus_TK, wide=partial_NP.dtype)
         grid = (triton.cdiv(num_pairs, plan.constants["BLOCK"]),)
-        plan(grid, (partial_NP, routing.row_of_pair_P, dweight_TK), num_pairs, num_blocks)
+        plus = partial_NP if plus_TK is None else plus_TK
+        plan(grid, (partial_NP, plus, routing.row_of_pair_P, dweight_TK), num_pairs, num_blocks)
     return dweight_TK
