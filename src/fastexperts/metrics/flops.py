@@ -29,7 +29,7 @@ from torch import nn
 
 from fastexperts.errors import refuse
 from fastexperts.metrics.mixers import Span, check_mixers, pairs, states
-from fastexperts.metrics.places import Place
+from fastexperts.metrics.places import Place, layers_owner
 from fastexperts.metrics.products import count_parameters, trained_places, weights
 
 Convention = Literal["causal", "full"]
@@ -162,7 +162,7 @@ def count_flops(model_or_config: Any) -> ModelFlops:
             needs="a decoder of transformers, in which every layer sees the same tokens",
             way_out="Count encoder-decoders by hand.",
         )
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = layers_owner(model.get_decoder()), model.get_output_embeddings()
     check_mixers(decoder)
     end = Place(float("inf"), 0, 1)
     first = min(trained_places(decoder), default=end)

@@ -9,7 +9,8 @@ from torch import nn
 
 from fastexperts.errors import FastexpertsError, refuse
 
-LAYER = re.compile(r"^(?:layers|h|blocks)\.(\d+)\.(\w+)")
+_LISTS = ("layers", "h", "blocks")
+LAYER = re.compile(rf"^(?:{'|'.join(_LISTS)})\.(\d+)\.(\w+)")
 """A module inside of a decoder's layer: the layer's index, and the name of its child that it lies in."""
 _UNUSED = re.compile(r"(^|\.)(original_module|vision_moe)(\.|$)")
 """What PEFT keeps beside the copy that it trains, and the experts of image tokens (ernie4_5_vl_moe)."""
@@ -68,6 +69,20 @@ class Places:
 def _rank(name: str, label: str) -> float:
     rank = next((rank for pattern, rank in _RANKS if pattern.search(label)), 0)
     return rank + 0.5 * (".lora_B" in name)
+
+
+def layers_owner(decoder: nn.Module) -> nn.Module:
+    """What has the layers as its own child: `decoder`, or what is in it: llama4 gives its whole model."""
+    while not any(name in decoder._modules for name in _LISTS):
+        inside = [child for child in decoder.children() if any(map(_has_list, child.modules()))]
+        if len(inside) != 1:
+            raise unknown(f"a {type(decoder).__name__}", f"one list of layers, {' or '.join(_LISTS)}")
+        decoder = inside[0]
+    return decoder
+
+
+def _has_list(module: nn.Module) -> bool:
+    return any(isinstance(module._modules.get(name), nn.ModuleList) for name in _LISTS)
 
 
 def modules_of(decoder: nn.Module) -> dict[str, nn.Module]:

@@ -51,7 +51,6 @@ def weights(decoder: nn.Module) -> Iterator[Weight]:
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) or not module._parameters:
             continue
-        share = _share(name, modules)
         for key, parameter in module._parameters.items():
             if parameter is None or parameter.dim() < 2 or _NO_PRODUCT.search(key):
                 continue
@@ -59,7 +58,9 @@ def weights(decoder: nn.Module) -> Iterator[Weight]:
             yield Weight(
                 module=name,
                 part=_part(name, mixers),
-                products=share * _uses(name, modules) * _elements(name, module, key, parameter, experts),
+                products=_elements(name, module, key, parameter, experts)
+                * _share(name, modules, parameter)
+                * _uses(name, modules),
                 trained=parameter.requires_grad,
                 differentiable=not in_indexer(name),
                 place=places.of(name, _label(name, key, modules)),
@@ -90,7 +91,7 @@ def count_parameters(*roots: nn.Module) -> tuple[int, int]:
                     continue
                 seen.add(id(parameter))
                 total += _count(module, key, parameter)
-                active += _share(name, modules) * _count(module, key, parameter)
+                active += _share(name, modules, parameter) * _count(module, key, parameter)
     return total, round(active)
 
 
@@ -133,6 +134,7 @@ def _elements(name: str, module: nn.Module, key: str, parameter: Tensor, experts
             way_out="Count before the model is sharded, or from its config.",
         )
     stacked = len(shape) >= 3 and not convolves and "shared" not in name
+    stacked = stacked or hasattr(module, "moe_num_experts")  # dbrx: one expert's rows after another's
     if not isinstance(module, nn.Linear) and experts != stacked:
         needs = "experts stacked along their first dim, or a linear map of two"
         raise unknown(f"{name}.{key} of shape {shape}", needs)
@@ -146,8 +148,11 @@ def _count(module: Any, key: str, parameter: Tensor) -> int:
     return prod(_shape(parameter))
 
 
-def _share(name: str, modules: dict[str, nn.Module]) -> float:
-    """The share of a weight that a token meets: K / E for experts, else 1."""
+def _share(name: str, modules: dict[str, nn.Module], parameter: Tensor) -> float:
+    """The share of a weight that a token meets: of experts K / E, else 1.
+
+    Where some experts are the identity (longcat_flash), all are taken to be chosen alike.
+    """
     match = _EXPERTS.search(name)
     if match is None:
         return 1.0
@@ -155,14 +160,16 @@ def _share(name: str, modules: dict[str, nn.Module]) -> float:
     module: Any = modules[root]
     while hasattr(module, "base_layer"):
         module = module.base_layer
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        experts = len(module)
-    else:
-        stacked = [_shape(p)[0] for p in module._parameters.values() if p is not None and p.dim() >= 3]
-        if not stacked:
-            return 1.0
-        experts = stacked[0]
-    return _top_k(root, module, modules) / experts
+    stacks = [_shape(p)[0] for p in module._parameters.values() if p is not None and p.dim() >= 3]
+    if not stacks and isinstance(module, nn.ModuleList | nn.ModuleDict):
+        stacks = [len(module)]
+    elif not stacks:
+        stacks = [each.moe_num_experts for each in module.modules() if hasattr(each, "moe_num_experts")]
+    if not stacks:
+        return 1.0
+    with_weights, chosen_from = min(stacks), max(stacks)
+    rows = _shape(parameter)[0] if parameter.dim() >= 3 else chosen_from
+    return _top_k(root, module, modules) * with_weights / chosen_from / rows
 
 
 def _uses(name: str, modules: dict[str, Any]) -> int:
