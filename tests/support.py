@@ -163,6 +163,10 @@ class Inputs:
     b1: Tensor | None = None
     b2: Tensor | None = None
 
+    def to(self, device: str) -> Inputs:
+        there = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return Inputs(**there)
+
     def double(self) -> Inputs:
         floats = {
             name: value.double() for name, value in vars(self).items() if name != "ids" and value is not None
