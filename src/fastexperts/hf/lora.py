@@ -121,8 +121,9 @@ def lora_config(
         router: the matrix that chooses experts.
         modules_to_save: modules trained in full and saved with the adapter, such as "lm_head".
         verbose: print the summary: what is adapted, rank, trainable parameters, layers.
-        options: LoraConfig's `use_rslora`, `init_lora_weights`, `task_type`; `lora_dropout` for attention
-            alone. PEFT supports neither dropout nor DoRA on experts.
+        options: LoraConfig's `use_rslora`, `init_lora_weights`, `task_type` (default: CAUSAL_LM for a model
+            that generates); `lora_dropout` for attention alone. PEFT supports neither dropout nor DoRA on
+            experts.
 
     Raises FastexpertsError if something asked for is not in the model, or not supported.
     """
@@ -151,13 +152,14 @@ def lora_config(
     parameters = [row.name for row in summary.rows if row.kind != SAVED and not row.by_module]
     _check_options(options, bool(parameters))
     modules = [row.name.removesuffix(".weight") for row in summary.rows if row.by_module]
+    task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None  # PEFT's wrapper calls it
     config = LoraConfig(
         r=r,
         lora_alpha=r if alpha is None else alpha,
         target_modules=_shortened(modules, (name for name, _ in model.named_modules())),
         target_parameters=_shortened(parameters, (name for name, _ in model.named_parameters())) or None,
         modules_to_save=list(modules_to_save) if modules_to_save else None,
-        **{"task_type": "CAUSAL_LM"} | options,
+        **{"task_type": task} | options,
     )
     if verbose:
         print(summary)
