@@ -15,7 +15,6 @@ from test_offline import GEMMS, OTHERS, RING
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import families
 import layer
 import passes
 import peers
@@ -23,6 +22,7 @@ import problems
 import report
 import results
 import shapes
+import special
 import timing
 
 TINY = shapes.Shape("tiny", 64, 32, 8, 2)
@@ -277,15 +277,15 @@ def test_layer_from_arguments_to_page(fake_card, monkeypatch, tmp_path):
 def test_families_from_arguments_to_page(fake_card, monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     tiny = {
-        name: replace(special, shape=shapes.Shape(name, 48, 32, 4, 2))
-        for name, special in shapes.SPECIALS.items()
+        name: replace(layer_of, shape=shapes.Shape(name, 48, 32, 4, 2))
+        for name, layer_of in shapes.SPECIALS.items()
     }
-    monkeypatch.setattr(families, "SPECIALS", tiny)
-    monkeypatch.setattr(families, "DEVICE", "cpu")
-    monkeypatch.setattr(families, "take_turns", functools.partial(timing.take_turns, warmup_ms=0.1))
+    monkeypatch.setattr(special, "SPECIALS", tiny)
+    monkeypatch.setattr(special, "DEVICE", "cpu")
+    monkeypatch.setattr(special, "take_turns", functools.partial(timing.take_turns, warmup_ms=0.1))
     output = tmp_path / "families"
-    monkeypatch.setattr(sys, "argv", ["families.py", "--tokens", "20", "--output", str(output)])
-    families.main()
+    monkeypatch.setattr(sys, "argv", ["special.py", "--tokens", "20", "--output", str(output)])
+    special.main()
     found = json.loads((tmp_path / "families.json").read_text())
     rows = [results.FamilyRow(**row) for row in found["families"]["rows"]]
     assert [row.family for row in rows] == list(shapes.SPECIALS)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from spies import spy_backend, spy_operands
 from support import ROOT, Error
-from test_gpu import Inputs, Loop, build, exact_fp32, expected_path, shapes
+from support_gpu import Inputs, Loop, build, shapes
+from test_gpu import exact_fp32, expected_path
 from torch import Tensor
 
 from fastexperts import Weight, moe_mlp, moe_mlp_reference

@@ -1,6 +1,6 @@
 """Experts that are not plain SwiGLU, as transformers stores them, against our own plain layer, in one run.
 
-    python benchmarks/families.py --output benchmarks/results/families
+    python benchmarks/special.py --output benchmarks/results/special
 
 For each of shapes.SPECIALS at 16,384 balanced tokens in bf16, forward and forward + backward with all
 gradients: ours with the family's gate, biases and layout, and, taking turns, ours as SwiGLU without biases
