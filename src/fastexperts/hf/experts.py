@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastexperts.activations import Activation
-from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import peft
 from fastexperts.hf.gate import WAY_OUT, activation_of
@@ -27,6 +25,7 @@ from fastexperts.hf.inventory import (
     row_of,
     stored,
 )
+from fastexperts.hf.plain import check_kind, check_plain
 from fastexperts.moe import moe_mlp
 from fastexperts.weights import Weight
 
@@ -107,7 +106,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     w1, w2 = getattr(self, w1_name), getattr(self, w2_name)
     if not torch.compiler.is_compiling():
         for name, w in ((w1_name, w1), (w2_name, w2)):
-            _check_plain(self, name, w)
+            check_plain(self, name, w)
     return moe_mlp(
         hidden_states,
         top_k_index,
@@ -158,33 +157,12 @@ def check_served(module: Any) -> Activation:
             )
         parameter = module._parameters.get(name)
         if parameter is not None:  # what a parametrization makes of its own is seen at the call
-            _check_plain(module, name, parameter)
+            check_kind(module, name, parameter)
     return activation_of(module)
 
 
 def _weight_names(module: Any) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
-
-
-def _check_plain(module: Any, name: str, w: Any) -> None:
-    """Raise for a weight that is no plain floating tensor: what our ops would make of it is undefined."""
-    if w.dtype not in DTYPES:
-        raise refuse(
-            type(module).__name__,
-            name,
-            got=str(w.dtype).removeprefix("torch."),
-            needs="bfloat16, float16, float32 or float64 (no quantised experts so far)",
-            way_out="Load the model dequantised, or use experts_implementation='grouped_mm'.",
-        )
-    if is_traceable_wrapper_subclass(w):
-        raise refuse(
-            type(module).__name__,
-            name,
-            got=f"a {type(w).__name__}",
-            needs="a plain tensor (sharded and quantised tensors are not served so far)",
-            way_out="Load the model dequantised and call enable() before it is sharded, or use "
-            "experts_implementation='grouped_mm' or 'eager'.",
-        )
 
 
 def _fp8_refusal(module: Any) -> FastexpertsError:
