@@ -106,7 +106,7 @@ def starved(checkpoint, sizes, steps):
     mine, losses = batch_of_rank(ids, sizes), []
     # without decay a weight whose gradient is zero stays as it is
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, foreach=False)
-    experts = {name: p for name, p in model.named_parameters() if "experts.down_proj" in name}
+    experts = {name: p for name, p in model.named_parameters() if "mlp.experts.down_proj" in name}
     before = {name: p.detach().to_local().clone() for name, p in experts.items()}
     with what_experts_receive() as calls:
         for _ in range(steps):

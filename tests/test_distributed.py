@@ -57,6 +57,11 @@ MODES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    fastexperts.register()
+
+
 def test_a_model_sharded_over_two_ranks(checkpoints, tmp_path):
     (ranks,) = run(ALL_TO_ALL, tmp_path, "gradients", {"checkpoint": checkpoints["qwen3_moe"]})
     assert_as_in_one_process(ranks, ALL_TO_ALL, checkpoints["qwen3_moe"], "qwen3_moe")
