@@ -1,4 +1,4 @@
-"""One rank of a distributed test: `python distributed_process.py JOB FOLDER ARGUMENTS`, as `test_distributed.py` starts it.
+"""One rank of a distributed test: `python distributed_process.py JOB FOLDER ARGUMENTS` (test_distributed.py).
 
 Each job is a function here; what it returns goes to FOLDER/rank-N.pt, for the test to judge.
 """
@@ -120,7 +120,7 @@ def starved(checkpoint, sizes, steps):
 
 
 def trained_and_saved(checkpoint, sizes, out, lr):
-    """A sharded model switched by `enable`, a step of SGD, the logits after it, and a checkpoint from all ranks."""
+    """A sharded model that `enable` switched: the logits after a step of SGD, and a checkpoint of all ranks."""
     model, ids = load(checkpoint, sizes, "eager"), torch.load(Path(checkpoint) / "ids.pt")
     summary = fastexperts.enable(model, verbose=False)
     mine = batch_of_rank(ids, sizes)
@@ -166,7 +166,7 @@ def adapted(model):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=TARGETS, init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=[], target_parameters=TARGETS, init_lora_weights=False)
     return get_peft_model(model, config)
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 from distributed_process import adapted, next_token_loss
-from support_hf import TINY, assert_close, relative, tiny_config, tiny_model, tokens
+from support_hf import TINY, assert_close, relative, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -26,14 +26,14 @@ from fastexperts.errors import FastexpertsError
 from fastexperts.hf.experts import check_flags
 
 PROCESS = Path(__file__).parent / "distributed_process.py"
-# transformers < 5.23 wants a vocabulary that the ranks divide
 GPT_OSS = {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8, "intermediate_size": 16}
 FAMILIES = {"qwen3_moe": 2, "deepseek_v3": 1, "gpt_oss": 2}  # layers with experts
 EXPERTS, INTERMEDIATE = 8, 16
+VOCABULARY = 96  # transformers 5.17 wants one that the ranks divide
 
 
 class Mode(NamedTuple):
-    """`ranks` processes under DistributedConfig(**sizes), each with `experts` experts of `intermediate` dims."""
+    """`ranks` processes under DistributedConfig(**sizes); each has `experts` experts of `intermediate`."""
 
     ranks: int
     sizes: dict
@@ -70,7 +70,8 @@ def test_a_model_sharded_over_two_ranks(checkpoints, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_loss_and_every_gradient_are_those_of_one_process(mode, checkpoints, tmp_path):
-    families = run(MODES[mode], tmp_path, "gradients", *({"checkpoint": path} for path in checkpoints.values()))
+    cases = ({"checkpoint": path} for path in checkpoints.values())
+    families = run(MODES[mode], tmp_path, "gradients", *cases)
     for ranks, (family, path) in zip(families, checkpoints.items(), strict=True):
         assert_as_in_one_process(ranks, MODES[mode], path, family)
 
@@ -160,8 +161,8 @@ def checkpoints(tmp_path_factory):
     for family in FAMILIES:
         paths[family] = str(tmp_path_factory.mktemp(family))
         with mock.patch.dict(TINY, {"gpt_oss": GPT_OSS}):
-            tiny_model(family, "eager", vocab_size=96).save_pretrained(paths[family])
-        torch.save(tokens(batch=4, vocabulary=96), Path(paths[family]) / "ids.pt")
+            tiny_model(family, "eager", vocab_size=VOCABULARY).save_pretrained(paths[family])
+        torch.save(tokens(batch=4, vocabulary=VOCABULARY), Path(paths[family]) / "ids.pt")
     return paths
 
 
@@ -169,7 +170,7 @@ def run(mode, folder, job, *arguments, seconds=150):
     """A list per element of `arguments`: what the job returned for it, of each rank in turn."""
     known = {field.name for field in fields(DistributedConfig)}
     if not known >= mode.sizes.keys():
-        pytest.skip(f"transformers < 5.23: DistributedConfig has no {sorted(mode.sizes.keys() - known)}")
+        pytest.skip(f"this transformers' DistributedConfig has no {sorted(mode.sizes.keys() - known)}")
     if job in {"gradients", "starved", "trained_and_saved"}:
         arguments = [{**keywords, "sizes": mode.sizes} for keywords in arguments]
     environment = os.environ | {
@@ -199,8 +200,8 @@ def wait_for(processes, logs, seconds):
     """Returns once all have ended well; a rank that failed ends the others, which would wait for it."""
     deadline = time.monotonic() + seconds
     while any(process.poll() is None for process in processes):
-        failed = [log.read_text()[-3000:] for process, log in zip(processes, logs, strict=True) if process.poll()]
-        assert not failed, failed[0]
+        for process, log in zip(processes, logs, strict=True):
+            assert not process.poll(), log.read_text()[-3000:]
         assert time.monotonic() < deadline, f"hangs: {[log.read_text()[-500:] for log in logs]}"
         time.sleep(0.1)
     assert {process.returncode for process in processes} == {0}, logs[0].read_text()[-3000:]
@@ -261,7 +262,7 @@ def reference_of(model, ids):
 
 
 def starve(path, folder):
-    """A copy of a deepseek_v3 model whose router, by its correction bias, chooses the first half of the experts."""
+    """A copy of a deepseek_v3 model whose correction bias lets the first half of the experts win."""
     model = reference_model(path)
     for name, tensor in model.state_dict().items():
         if "e_score_correction_bias" in name:

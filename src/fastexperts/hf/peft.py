@@ -93,7 +93,7 @@ def _lora(wrapper: Any, adapter: str, transposed: bool) -> Lora:
 
 
 def _check_whole(module: Any, experts: int, factors: dict[str, Tensor]) -> None:
-    """Raise FastexpertsError for factors that are sharded, or that belong to experts of other ranks as well."""
+    """Raise FastexpertsError for factors that are sharded, or that belong to other ranks' experts too."""
     if not torch.compiler.is_compiling():
         for name, factor in factors.items():
             check_plain(module, name, factor)

@@ -1,8 +1,8 @@
-"""What our ops can read: whole floating tensors in this process's memory. All else is refused, with its way out.
+"""What our ops can read: whole floating tensors in the memory of this process; anything else is refused.
 
 FSDP2, tensor parallelism and expert parallelism keep a parameter as a `DTensor`, DeepSpeed ZeRO-3 as an empty
-one, and put a plain tensor in its place for the length of the forward. So a parameter may be sharded, and what
-the call reads may not.
+tensor, and put a plain one in its place for the length of the forward. So a parameter may be sharded, and
+what a call reads may not.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastexperts.dtypes import DTYPES
 from fastexperts.errors import refuse
 
 
-def check_kind(module: Any, name: str, w: Tensor) -> None:
+def check_kind(module: Any, name: str, w: Any) -> None:
     """Raise FastexpertsError unless `w` is a floating tensor, plain or sharded."""
     if w.dtype not in DTYPES:
         raise refuse(
@@ -37,17 +36,17 @@ def check_kind(module: Any, name: str, w: Tensor) -> None:
         )
 
 
-def check_plain(module: Any, name: str, w: Tensor) -> None:
-    """Raise FastexpertsError unless `w`, which a forward is about to read, is a whole plain floating tensor."""
+def check_plain(module: Any, name: str, w: Any) -> None:
+    """Raise FastexpertsError unless `w`, which a forward is about to read, is whole, plain and floating."""
     check_kind(module, name, w)
     if is_dtensor(w):
         raise refuse(
             type(module).__name__,
             name,
-            got=f"a DTensor of {list(w.shape)}, {w.placements}",  # type: ignore[attr-defined]
+            got=f"a DTensor of {list(w.shape)}, {w.placements}",
             needs="the plain tensor that FSDP2, tensor or expert parallelism puts in its place for a forward",
-            way_out="Shard the layer that holds it, with from_pretrained(distributed_config=...), accelerate or "
-            "fully_shard, and call the model; else use experts_implementation='eager'.",
+            way_out="Shard the decoder layer around it, with from_pretrained(distributed_config=...), "
+            "accelerate or fully_shard, and call the model.",
         )
     if hasattr(w, "ds_id") and w.numel() == 0:
         raise refuse(
@@ -60,7 +59,7 @@ def check_plain(module: Any, name: str, w: Tensor) -> None:
         )
 
 
-def is_dtensor(w: Tensor) -> bool:
+def is_dtensor(w: Any) -> bool:
     """Whether `w` is a part of a tensor over several processes, which only torch.distributed makes."""
     if not is_traceable_wrapper_subclass(w) or not torch.distributed.is_available():
         return False
