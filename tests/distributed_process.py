@@ -120,7 +120,7 @@ def starved(checkpoint, sizes, steps):
 
 
 def trained_and_saved(checkpoint, sizes, out, lr):
-    """A sharded model that `enable` switched: the logits after a step of SGD, and a checkpoint of all ranks."""
+    """A sharded model that `enable` switched: the logits after a step of SGD, and a checkpoint of all."""
     model, ids = load(checkpoint, sizes, "eager"), torch.load(Path(checkpoint) / "ids.pt")
     summary = fastexperts.enable(model, verbose=False)
     mine = batch_of_rank(ids, sizes)
