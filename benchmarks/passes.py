@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from problems import Problem
 from torch import Tensor
@@ -57,7 +58,7 @@ def layer_passes(problem: Problem) -> dict[str, Pass]:
     """name -> `Pass` in the order of a training step with all gradients; products as in `dense_products`."""
     shape, ids_TK, dtype = problem.shape, problem.ids_TK, problem.x_TD.dtype
     x_TD, weight_TK, w1_EGD, w2_EDF = (leaf.detach() for leaf in problem.leaves)
-    w1_ECFD, dout_TD, k = w1_EGD.unflatten(1, (2, shape.dim_f)), problem.dout_TD, shape.top_k
+    dout_TD, k = problem.dout_TD, shape.top_k
     passes: dict[str, Pass] = {}
 
     def add(name: str, op: Callable, *args: object, tile: str | None = None, parts: int = 0, like: int = 0):
@@ -72,15 +73,15 @@ def layer_passes(problem: Problem) -> dict[str, Pass]:
 
     ops = backend.load(x_TD.device)
     routing = add("route", ops.route, ids_TK, shape.experts, ops.block_m(x_TD.device, dtype))
-    h_PG, a_PF = add("up", ops.up, x_TD, w1_ECFD, routing, SWIGLU, True, tile="up", parts=2)
-    y_PD = add("down", ops.down, a_PF, w2_EDF, routing, tile="down", parts=1)
+    h_PG, a_PF = add("up", ops.up, x_TD, w1_EGD, None, routing, SWIGLU, True, tile="up", parts=2)
+    y_PD = add("down", ops.down, a_PF, w2_EDF, None, routing, tile="down", parts=1)
     add("combine", ops.combine, y_PD, weight_TK, routing, dtype)
     every = (True, True, True)
     dh_PG, wa_PF, _ = add(
-        "dh", ops.dh, dout_TD, w2_EDF, h_PG, weight_TK, routing, SWIGLU, *every, tile="dh", parts=1
+        "dh", ops.dh, dout_TD, w2_EDF, h_PG, weight_TK, routing, SWIGLU, every, tile="dh", parts=1
     )
-    add("dw2", ops.dw2, dout_TD, wa_PF, routing, w2_EDF, tile="dw", parts=1, like=1)
-    dx_PD = add("dx", ops.dx, dh_PG, w1_ECFD, routing, tile="dx", parts=2)
+    add("dw2", partial(ops.dw, tokens="left"), dout_TD, wa_PF, routing, w2_EDF, tile="dw", parts=1, like=1)
+    dx_PD = add("dx", ops.dx, dh_PG, w1_EGD, routing, tile="dx", parts=2)
     add("combine dx", ops.combine, dx_PD, None, routing, dtype)
-    add("dw1", ops.dw1, dh_PG, x_TD, routing, w1_ECFD, tile="dw", parts=2, like=1)
+    add("dw1", partial(ops.dw, tokens="right"), dh_PG, x_TD, routing, w1_EGD, tile="dw", parts=2, like=1)
     return passes

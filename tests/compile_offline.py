@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,20 +30,28 @@ INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "cp.async
 
 def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block_m: int) -> None:
     """One forward and backward with all gradients; zeros, since nothing runs."""
-    act = ACTIVATIONS[name]
+    act = replace(ACTIVATIONS[name], interleaved=name == "gpt_oss")
     ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64)
     routing = kernels.route(ids, EXPERTS, block_m)
     x = torch.zeros(TOKENS, DIM_D, dtype=dtype)
     weight = torch.zeros(TOKENS, TOP_K)
-    w1 = torch.zeros(EXPERTS, act.parts, DIM_F, DIM_D, dtype=dtype)
+    w1 = torch.zeros(EXPERTS, act.parts * DIM_F, DIM_D, dtype=dtype)
     w2 = torch.zeros(EXPERTS, DIM_D, DIM_F, dtype=dtype)
-    h, a = kernels.up(x, w1, routing, act, True)
-    y = kernels.down(a, w2, routing)
+    bias1 = bias2 = None
+    if act.interleaved:  # as gpt_oss stores them: transposed, with biases
+        w1, w2 = (torch.empty_like(w.mT, memory_format=torch.contiguous_format).mT for w in (w1, w2))
+        bias1, bias2 = w1[:, :, 0].contiguous(), w2[:, :, 0].contiguous()
+    h, a = kernels.up(x, w1, bias1, routing, act, True)
+    y = kernels.down(a, w2, bias2, routing)
     kernels.combine(y, weight, routing, dtype)
-    dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, True, True, True)
+    plus = None if bias2 is None else weight
+    dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, (True, True, True), plus_TK=plus)
     kernels.combine(kernels.dx(dh, w1, routing), None, routing, dtype)
-    kernels.dw1(dh, x, routing, w1.to(weights))
-    kernels.dw2(x, wa, routing, w2.to(weights))
+    kernels.dw(dh, x, routing, w1.to(weights), tokens="right")
+    kernels.dw(x, wa, routing, w2.to(weights), tokens="left")
+    if act.interleaved:
+        kernels.db(dh, None, routing, bias1)
+        kernels.db(x, weight, routing, bias2)
 
 
 def launch_every_pass_with_updates(dtype: torch.dtype, name: str, block_m: int, rank: int) -> None:
@@ -55,21 +64,21 @@ def launch_every_pass_with_updates(dtype: torch.dtype, name: str, block_m: int, 
         return torch.zeros(*dims, dtype=dtype)
 
     x, weight, rows = zeros(TOKENS, DIM_D), torch.zeros(TOKENS, TOP_K), zeros(TOKENS * TOP_K, rank)
-    w1, w2 = zeros(EXPERTS, act.parts, DIM_F, DIM_D), zeros(EXPERTS, DIM_D, DIM_F)
-    a1, b1 = zeros(EXPERTS, rank, DIM_D), zeros(EXPERTS, act.parts, DIM_F, rank)
+    w1, w2 = zeros(EXPERTS, act.parts * DIM_F, DIM_D), zeros(EXPERTS, DIM_D, DIM_F)
+    a1, b1 = zeros(EXPERTS, rank, DIM_D), zeros(EXPERTS, act.parts * DIM_F, rank)
     a2, b2 = zeros(EXPERTS, rank, DIM_F), zeros(EXPERTS, DIM_D, rank)
     xa = kernels.shrink(x, a1, routing, tokens=True)
-    h, a = kernels.up(x, w1, routing, act, True, Step(xa, b1))
-    y = kernels.down(a, w2, routing, Step(kernels.shrink(a, a2, routing, tokens=False), b2))
+    h, a = kernels.up(x, w1, None, routing, act, True, Step(xa, b1))
+    y = kernels.down(a, w2, None, routing, Step(kernels.shrink(a, a2, routing, tokens=False), b2))
     kernels.combine(y, weight, routing, dtype)
-    db = kernels.shrink(x, b2.transpose(1, 2), routing, tokens=True)
-    dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, True, True, True, Step(db, a2))
+    db = kernels.shrink(x, b2.mT, routing, tokens=True)
+    dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, (True, True, True), Step(db, a2))
     kernels.dw(db, wa, routing, a2)
-    kernels.dw2(x, rows, routing, b2)
-    dxa = kernels.shrink(dh, b1.flatten(1, 2).transpose(1, 2), routing, tokens=False)
+    kernels.dw(rows, x, routing, b2.mT.contiguous(), tokens="right")
+    dxa = kernels.shrink(dh, b1.mT, routing, tokens=False)
     kernels.combine(kernels.dx(dh, w1, routing, Step(dxa, a1)), None, routing, dtype)
-    kernels.dw1(dxa, x, routing, a1[:, None])
-    kernels.dw(dh, xa, routing, b1.flatten(1, 2))
+    kernels.dw(dxa, x, routing, a1, tokens="right")
+    kernels.dw(dh, xa, routing, b1)
 
 
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:

@@ -81,8 +81,8 @@ MUTANTS = (
     Mutant(
         "mm: the last, partial K step is dropped",
         "kernels/grouped_mm.py",
-        "num_k = tl.cdiv(K, BK)",
-        "num_k = K // BK",
+        "for k0 in range(0, K, BK):",
+        "for k0 in range(0, K // BK * BK, BK):",
     ),
     Mutant(
         "mm: wrong expert for the last tile",
@@ -104,10 +104,28 @@ MUTANTS = (
     ),
     Mutant("up: gate and up swapped", "kernels/grouped_mm.py", "g, u = halves(acc)", "u, g = halves(acc)"),
     Mutant(
-        "dx: the second part reads the first",
+        "mm: the bias of the first expert",
         "kernels/grouped_mm.py",
-        "A.load([row0, part * K + k0])",
-        "A.load([row0, k0])",
+        "p_bias + i_e * (PARTS * SPREAD * N)",
+        "p_bias + i_e * 0",
+    ),
+    Mutant(
+        "up: up's bias is gate's",
+        "kernels/grouped_mm.py",
+        "o_c // (SPREAD * BN) * N + o_n",
+        "o_n",
+    ),
+    Mutant(
+        "up: gate and up in turn swapped",
+        "kernels/grouped_mm.py",
+        "g, u = acc.reshape(BM, BN, 2).split()",
+        "u, g = acc.reshape(BM, BN, 2).split()",
+    ),
+    Mutant(
+        "mm: W stored by columns is read by rows",
+        "kernels/grouped_mm.py",
+        "kn = w_EC__.stride(3) != 1 and w_EC__.stride(2) == 1",
+        "kn = name in ('dh', 'dx')",
     ),
     Mutant(
         "dh: the weight of another pair",
@@ -137,8 +155,8 @@ MUTANTS = (
     Mutant(
         "dh: no routing weight",
         "kernels/epilogues.py",
-        "act_vjp(g, u, v * weight[:, None], FN",
-        "act_vjp(g, u, v, FN",
+        "act_vjp(g, u, v * weight[:, None], ACT",
+        "act_vjp(g, u, v, ACT",
     ),
     Mutant(
         "dw2: no routing weight", "kernels/epilogues.py", "(act * weight[:, None]).to(dtype)", "act.to(dtype)"
@@ -153,13 +171,13 @@ MUTANTS = (
     Mutant(
         "silu: a wrong sign in the derivative",
         "kernels/activation.py",
-        "s + ALPHA * f * (1 - s)",
-        "s - ALPHA * f * (1 - s)",
+        "s + ACT.alpha * f * (1 - s)",
+        "s - ACT.alpha * f * (1 - s)",
     ),
     Mutant(
         "clamp: the gradient passes beyond it",
         "kernels/activation.py",
-        "pass_g = tl.where(g <= LIMIT, da, 0.0)",
+        "pass_g = tl.where(g <= ACT.limit, da, 0.0)",
         "pass_g = da",
     ),
     Mutant(
@@ -182,28 +200,28 @@ MUTANTS = (
         "start = tl.load(p_offsets + i_e) + 1\n",
     ),
     Mutant(
-        "dw1: the up part reads the gate (descriptor)",
+        "dw: the last rows come from the first columns (descriptor)",
         "kernels/grouped_dw.py",
-        "_load_rows(A, full_end, end, part * M + m0,",
         "_load_rows(A, full_end, end, m0,",
+        "_load_rows(A, full_end, end, m0 * 0,",
     ),
     Mutant(
-        "dw1: the up part reads the gate (pointer)",
+        "dw: the first columns' rows for all",
         "kernels/grouped_dw.py",
-        "A, row0, end, part * M + m0, c_m",
         "A, row0, end, m0, c_m",
+        "A, row0, end, m0 * 0, c_m",
     ),
     # the further step of an update
     Mutant(
         "update: gate's rows of b for up too",
         "kernels/grouped_mm.py",
-        "(o_c // BN * N if PARTS_N > 1 else 0)",
-        "(o_c * 0 if PARTS_N > 1 else 0)",
+        "(o_c // BN * N if PARTS > 1 else 0)",
+        "(o_c * 0 if PARTS > 1 else 0)",
     ),
     Mutant(
         "update: always the first expert's",
         "kernels/grouped_mm.py",
-        "p_v = V + i_e.to(tl.int64) * (PARTS_N * N * R)",
+        "p_v = V + i_e.to(tl.int64) * (PARTS * SPREAD * N * R)",
         "p_v = V + i_e.to(tl.int64) * 0",
     ),
     Mutant(
@@ -236,6 +254,36 @@ MUTANTS = (
         "x, mask=m_d & (row == 0)",
     ),
     Mutant(
+        "cap: up is not bounded",
+        "kernels/activation.py",
+        "u, slope = _capped(u, ACT.up_cap, FAST)",
+        "_, slope = _capped(u, ACT.up_cap, FAST)",
+    ),
+    Mutant(
+        "db: the last rows are left out",
+        "kernels/sum_rows.py",
+        "end = tl.load(p_offsets + i_e + 1)",
+        "end = tl.load(p_offsets + i_e + 1) - 1",
+    ),
+    Mutant(
+        "db: no routing weight",
+        "kernels/sum_rows.py",
+        "value *= tl.load(p_weight + pair, mask=m_r, other=0.0).to(ACC)[:, None]",
+        "value *= 1.0",
+    ),
+    Mutant(
+        "dweight: without the down bias",
+        "kernels/combine.py",
+        "total += tl.load(p_plus + o_p, mask=m_p, other=0.0)",
+        "total += 0.0",
+    ),
+    Mutant(
+        "dweight: the bias of the next expert",
+        "moe.py",
+        "expert_TK.clamp(max=len(bias_ED) - 1)",
+        "(expert_TK + 1).clamp(max=len(bias_ED) - 1)",
+    ),
+    Mutant(
         "dweight: the last column block is left out",
         "kernels/combine.py",
         "range(num_blocks)",
@@ -250,10 +298,10 @@ MUTANTS = (
         "activation.vjp(h_PG.to(wide), v_PF)",
     ),
     Mutant(
-        "weights: interleaved is ignored",
-        "weights.py",
-        "w.unflatten(1, (half, count)).transpose(1, 2)",
-        "w.unflatten(1, (count, half))",
+        "activation: alternating columns are ignored",
+        "activations.py",
+        "        if self.interleaved:\n            return h_PG[..., ::2]",
+        "        if False:\n            return h_PG[..., ::2]",
     ),
 )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastexperts import ACTIVATIONS, Activation, Weight, moe_mlp, moe_mlp_reference
 
 NAMES = ("x", "weight", "w1", "w2")
+BIASES = ("b1", "b2")
 ROOT = Path(__file__).parent.parent
 
 
@@ -80,6 +81,7 @@ ACTIVATION_ROWS: dict[str, Activation] = {
     "swiglu clamped": replace(ACTIVATIONS["swiglu"], limit=0.75),
     "gpt_oss clamped": replace(ACTIVATIONS["gpt_oss"], limit=1.0),
     "gelu clamped": replace(ACTIVATIONS["gelu"], limit=0.5),
+    "swiglu capped": replace(ACTIVATIONS["swiglu"], gate_cap=1.5, up_cap=0.75),
 }
 ROUTINGS = (
     "uniform",
@@ -93,15 +95,17 @@ ROUTINGS = (
     "ties",
 )
 LAYOUTS = (
-    "contiguous", "strided x", "column-major x", "transposed weights", "interleaved", "sliced weights",
-    "stride-0 gradient",
+    "contiguous", "strided x", "column-major x", "transposed weights", "interleaved",
+    "transposed and interleaved", "sliced weights", "stride-0 gradient",
 )  # fmt: skip
 FROZEN: dict[str, tuple[str, ...]] = {
     "nothing": (),
     **{name: (name,) for name in NAMES},
-    "experts": ("w1", "w2"),
-    **{f"all but {name}": tuple(n for n in NAMES if n != name) for name in NAMES},
-    "everything": NAMES,
+    "experts": ("w1", "w2", *BIASES),
+    "biases": BIASES,
+    **{f"all but {name}": tuple(n for n in (*NAMES, *BIASES) if n != name) for name in NAMES},
+    "all but biases": NAMES,
+    "everything": (*NAMES, *BIASES),
 }
 
 
@@ -119,6 +123,11 @@ class Case:
     frozen: str = "nothing"
     dtype: torch.dtype = torch.float32
     tma: bool = True
+    bias: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*NAMES, *BIASES) if self.bias else NAMES
 
     @property
     def k(self) -> int:
@@ -131,12 +140,13 @@ class Case:
     @property
     def asked(self) -> tuple[str, ...]:
         """The inputs that need a gradient."""
-        return tuple(name for name in NAMES if name not in FROZEN[self.frozen])
+        return tuple(name for name in self.names if name not in FROZEN[self.frozen])
 
     def __str__(self) -> str:
         d, f = self.dims
         dtype = str(self.dtype).removeprefix("torch.")
         words = (self.routing, self.layout, self.activation, f"frozen {self.frozen}", dtype)
+        words += ("bias",) * self.bias
         return f"T{self.tokens}-E{self.experts}-K{self.k}-D{d}-F{f}-" + "-".join(words).replace(" ", "_")
 
 
@@ -150,9 +160,13 @@ class Inputs:
     w1: Tensor
     w2: Tensor
     dout: Tensor
+    b1: Tensor | None = None
+    b2: Tensor | None = None
 
     def double(self) -> Inputs:
-        floats = {name: getattr(self, name).double() for name in (*NAMES, "dout")}
+        floats = {
+            name: value.double() for name, value in vars(self).items() if name != "ids" and value is not None
+        }
         return Inputs(ids=self.ids, **floats)
 
 
@@ -196,16 +210,30 @@ def build(case: Case) -> Inputs:
         w1=(normal(case.experts, case.act.parts * f, d) / d**0.5).to(case.dtype),
         w2=(normal(case.experts, d, f) / f**0.5).to(case.dtype),
         dout=dout.to(case.dtype),
+        b1=normal(case.experts, case.act.parts * f).to(case.dtype) if case.bias else None,
+        b2=normal(case.experts, d).to(case.dtype) if case.bias else None,
     )
 
 
-def stored_weight(w: Tensor, case: Case, parts: int) -> Weight:
-    """The canonical `w` as the case's layout stores it; every float outside of it is NaN."""
-    if case.layout == "transposed weights":
+def alternates(case: Case) -> bool:
+    """Whether the case stores gate and up rows in turn."""
+    return case.act.gated and case.layout in ("interleaved", "transposed and interleaved")
+
+
+def in_turn(w: Tensor) -> Tensor:
+    """[E, 2F, ...] with all gates first -> gate and up in turn."""
+    return w.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def gates_first(w: Tensor) -> Tensor:
+    """The inverse of `in_turn`."""
+    return w.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+
+
+def stored_weight(w: Tensor, case: Case) -> Weight:
+    """`w` [E, out, in] as the case's layout stores it; every float outside of it is NaN."""
+    if case.layout in ("transposed weights", "transposed and interleaved"):
         return Weight(guarded(w.transpose(1, 2).contiguous()), transposed=True)
-    if case.layout == "interleaved" and parts == 2:
-        half = w.shape[1] // 2
-        return Weight(guarded(w.unflatten(1, (2, half)).transpose(1, 2).flatten(1, 2)), interleaved=True)
     if case.layout == "sliced weights":
         wider = w.new_full((*w.shape[:2], w.shape[2] + 16), torch.nan)
         wider[..., : w.shape[2]] = w
@@ -226,11 +254,17 @@ def stored_x(x: Tensor, case: Case) -> Tensor:
 
 def run_moe_mlp(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """{"out", "dx", ...} of moe_mlp as the case calls it; weight gradients back in the canonical layout."""
-    w1, w2 = stored_weight(inputs.w1, case, case.act.parts), stored_weight(inputs.w2, case, 1)
+    turned = alternates(case)
+    w1 = stored_weight(in_turn(inputs.w1) if turned else inputs.w1, case)
+    w2 = stored_weight(inputs.w2, case)
     leaves = {"x": stored_x(inputs.x, case), "weight": guarded(inputs.weight), "w1": w1.w, "w2": w2.w}
+    if case.bias:
+        leaves |= {"b1": guarded(in_turn(inputs.b1) if turned else inputs.b1), "b2": guarded(inputs.b2)}
     leaves = {name: leaf.detach().requires_grad_(name in case.asked) for name, leaf in leaves.items()}
-    w1, w2 = replace(w1, w=leaves["w1"]), replace(w2, w=leaves["w2"])
-    out = moe_mlp(leaves["x"], inputs.ids, leaves["weight"], w1, w2, activation=case.act)
+    w1 = replace(w1, w=leaves["w1"], bias=leaves.get("b1"))
+    w2 = replace(w2, w=leaves["w2"], bias=leaves.get("b2"))
+    act = replace(case.act, interleaved=turned)
+    out = moe_mlp(leaves["x"], inputs.ids, leaves["weight"], w1, w2, activation=act)
     result = {"out": out.detach()}
     if not case.asked:
         assert not out.requires_grad
@@ -238,21 +272,17 @@ def run_moe_mlp(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     grads = torch.autograd.grad(out, [leaves[name] for name in case.asked], inputs.dout)
     for name, grad in zip(case.asked, grads, strict=True):
         assert grad.dtype == leaves[name].dtype
-        if name == "w1":
-            result["dw1"] = replace(w1, w=grad).parts(case.act.parts).flatten(1, 2)
-        elif name == "w2":
-            result["dw2"] = replace(w2, w=grad).out_in
-        else:
-            result["d" + name] = grad
+        if name in ("w1", "w2"):
+            grad = replace(w1, w=grad, bias=None).out_in
+        result["d" + name] = gates_first(grad) if turned and name in ("w1", "b1") else grad
     return result
 
 
 def run_reference(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """The same by the loop reference, in the dtypes of `inputs`."""
-    leaves = {name: getattr(inputs, name).detach().requires_grad_(name in case.asked) for name in NAMES}
-    out = moe_mlp_reference(
-        leaves["x"], inputs.ids, leaves["weight"], leaves["w1"], leaves["w2"], activation=case.act
-    )
+    leaves = {name: getattr(inputs, name).detach().requires_grad_(name in case.asked) for name in case.names}
+    w1, w2 = Weight(leaves["w1"], bias=leaves.get("b1")), Weight(leaves["w2"], bias=leaves.get("b2"))
+    out = moe_mlp_reference(leaves["x"], inputs.ids, leaves["weight"], w1, w2, activation=case.act)
     result = {"out": out.detach()}
     if out.requires_grad:
         grads = torch.autograd.grad(out, [leaves[name] for name in case.asked], inputs.dout)

@@ -68,6 +68,27 @@ def test_gpt_oss_is_their_gate():
     assert (h.abs() > 7).any()
 
 
+@pytest.mark.parametrize("name", [name for name, act in ACTIVATION_ROWS.items() if act.gated])
+def test_gate_and_up_in_turn(name):
+    act = ACTIVATION_ROWS[name]
+    h = pre_activations()
+    turned = torch.stack(h.chunk(2, dim=1), dim=-1).flatten(1)
+    a, dh = act.vjp(h, torch.ones(len(h), h.shape[1] // 2, dtype=h.dtype))
+    other = dataclasses.replace(act, interleaved=True)
+    a_turned, dh_turned = other.vjp(turned, torch.ones_like(a))
+    assert torch.equal(other.forward(turned), act.forward(h))
+    assert torch.equal(a_turned, a)
+    assert torch.equal(dh_turned, torch.stack(dh.chunk(2, dim=1), dim=-1).flatten(1))
+
+
+def test_caps_are_smooth_bounds():
+    """transformers' Inkling2SoftcappedSwiGLU: the sigmoid sees the raw gate."""
+    h = pre_activations()
+    g, u = h.chunk(2, dim=-1)
+    expected = 1.5 * torch.tanh(g / 1.5) * torch.sigmoid(g) * 0.75 * torch.tanh(u / 0.75)
+    torch.testing.assert_close(ACTIVATION_ROWS["swiglu capped"].forward(h), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ACTIVATION_ROWS)
 def test_triton_form(name, monkeypatch):
     """Beyond the rows of the covering cases: fp64, all gradients, one tile."""
@@ -80,7 +101,7 @@ def test_triton_form(name, monkeypatch):
 @pytest.mark.parametrize("name", ACTIVATION_ROWS)
 def test_travels_through_a_schema(name):
     act = ACTIVATION_ROWS[name]
-    assert Activation.of(act.fn, act.gated, act.params) == act
+    assert Activation.of(act.fn, act.params) == act
 
 
 def test_names_resolve_and_others_are_refused():
@@ -98,6 +119,9 @@ def test_names_resolve_and_others_are_refused():
         ({"fn": "silu", "limit": 0.0}, "limit"),
         ({"fn": "silu", "limit": math.nan}, "limit"),
         ({"fn": "gelu", "alpha": 1.702}, "alpha"),
+        ({"fn": "gelu", "gate_cap": 2.0}, "gate_cap"),
+        ({"fn": "silu", "up_cap": -1.0}, "up_cap"),
+        ({"fn": "relu2", "gated": False, "interleaved": True}, "interleaved"),
     ],
     ids=str,
 )

@@ -8,10 +8,10 @@ from spies import use_interpreter
 from support import Case, build
 
 import fastexperts
-from fastexperts import FastexpertsError, backend, cpu, kernels, moe
+from fastexperts import FastexpertsError, backend, cpu, kernels, ops
 from fastexperts.backend import Backend
 
-CASE = Case(tokens=9, dims=(32, 16), routing="sentinels")
+CASE = Case(tokens=9, dims=(32, 16), routing="sentinels", bias=True)
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -19,26 +19,25 @@ def arguments(case=CASE):
     """(live rows, {primitive: its arguments}), tensors as a forward and a backward of `case` pass them."""
     inputs = build(case)
     x, weight, dout = inputs.x, inputs.weight, inputs.dout
-    ops = backend.load(x.device)
-    block_m = ops.block_m(x.device, x.dtype)
-    routing = ops.route(inputs.ids, case.experts, block_m)
-    w1 = inputs.w1.unflatten(1, (case.act.parts, -1))
+    module = backend.load(x.device)
+    block_m = module.block_m(x.device, x.dtype)
+    routing = module.route(inputs.ids, case.experts, block_m)
+    w1, every = inputs.w1, (True, True, True)
     rows = slice(0, int(routing.offsets_E1[-1]))
-    h, a = ops.up(x, w1, routing, case.act, True)
-    dh, wa, _ = ops.dh(dout, inputs.w2, h, weight, routing, case.act, True, True, True)
-    y = ops.down(a, inputs.w2, routing)
+    h, a = module.up(x, w1, inputs.b1, routing, case.act, True)
+    dh, wa, _ = module.dh(dout, inputs.w2, h, weight, routing, case.act, every)
+    y = module.down(a, inputs.w2, inputs.b2, routing)
     return rows, {
         "block_m": (x.device, x.dtype),
         "route": (inputs.ids, case.experts, block_m),
-        "up": (x, w1, routing, case.act, True),
-        "down": (a, inputs.w2, routing),
+        "up": (x, w1, inputs.b1, routing, case.act, True),
+        "down": (a, inputs.w2, inputs.b2, routing),
         "combine": (y, weight, routing, x.dtype),
-        "dh": (dout, inputs.w2, h, weight, routing, case.act, True, True, True),
+        "dh": (dout, inputs.w2, h, weight, routing, case.act, every),
         "dx": (dh, w1, routing),
-        "shrink": (x, w1[:, 0, :5], routing, True),
-        "dw": (h, wa, routing, inputs.w2.new_empty(case.experts, h.shape[1], wa.shape[1])),
-        "dw1": (dh, x, routing, w1),
-        "dw2": (dout, wa, routing, inputs.w2),
+        "shrink": (x, w1[:, :5], routing, True),
+        "dw": (dout, wa, routing, inputs.w2, "left"),
+        "db": (dout, weight, routing, inputs.b2),
     }
 
 
@@ -55,44 +54,43 @@ def either(request, monkeypatch):
 
 @pytest.mark.parametrize("keep_h", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
-def test_opcheck_of_the_layer(keep_h, grad, lora, either):
+@pytest.mark.parametrize("more", [False, True])
+def test_opcheck_of_the_layer(keep_h, grad, more, either):
     inputs = build(CASE)
-    tensors = [
-        t.requires_grad_(grad) for t in (inputs.x, inputs.weight, inputs.w1.unflatten(1, (2, -1)), inputs.w2)
-    ]
-    how = (factors(grad) if lora else [], "silu", [*CASE.act.params, *[2.0, 0.5] * lora], torch.float32)
+    tensors = [t.requires_grad_(grad) for t in (inputs.x, inputs.weight, inputs.w1, inputs.w2)]
+    how = (extras(grad) if more else [], "silu", [*CASE.act.params, *[2.0, 0.5] * more], torch.float32)
     call = (tensors[0], inputs.ids, *tensors[1:], *how, keep_h or grad)
     result = torch.library.opcheck(torch.ops.fastexperts.moe_mlp.default, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("needs", [(True,) * 4, (True, False, False, False), (False, True, False, True)])
-@pytest.mark.parametrize("lora", [False, True])
-def test_opcheck_of_the_backward(needs, lora, either):
+@pytest.mark.parametrize("more", [False, True])
+def test_opcheck_of_the_backward(needs, more, either):
     _, calls = arguments()
     dout, w2, h, weight, routing, *_ = calls["dh"]
     x, w1, *_ = calls["up"]
-    rows = [torch.zeros(len(h), 16) if lora else torch.zeros(0)] * 2
-    primals = [x, weight, w1, w2, *(factors(False) if lora else [])]
+    rows = [torch.zeros(len(h), 16) if more else torch.zeros(0)] * 2
+    primals = [x, weight, w1, w2, *(extras(False) if more else [])]
     asked = [*needs, *[True] * (len(primals) - 4)]
-    numbers = [*CASE.act.params, *[2.0, 0.5] * lora]
+    numbers = [*CASE.act.params, *[2.0, 0.5] * more]
     call = (dout, primals, [h, *rows, *routing.tensors], "silu", numbers, x.dtype, asked)
     result = torch.library.opcheck(torch.ops.fastexperts.moe_mlp_backward.default, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
-    grads = moe._moe_mlp_backward(*call)
+    grads = ops._moe_mlp_backward(*call)
     assert [grad.numel() > 0 for grad in grads] == asked
 
 
-def factors(grad):
-    """[a1, b1, a2, b2] of ranks 3 and 5."""
+def extras(grad):
+    """[bias1, bias2, a1, b1, a2, b2] of ranks 3 and 5."""
     (d, f), e = CASE.dims, CASE.experts
+    inputs = build(CASE)
     shapes = ((e, 3, d), (e, 2 * f, 3), (e, 5, f), (e, d, 5))
     strided = [torch.randn(shape[::-1]).permute(2, 1, 0) for shape in shapes]  # as PEFT stores them, nearly
-    return [factor.requires_grad_(grad) for factor in strided]
+    return [extra.requires_grad_(grad) for extra in (inputs.b1, inputs.b2, *strided)]
 
 
-@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "shrink", "dw", "dw1", "dw2"])
+@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "shrink", "dw", "db"])
 def test_backends_agree(primitive, monkeypatch):
     """Row by row, so that a fault names its primitive; the whole is held to fp64 in test_moe_cases."""
     use_interpreter(monkeypatch)
@@ -110,9 +108,9 @@ def test_backends_agree(primitive, monkeypatch):
 def test_what_dh_is_not_asked_for_takes_no_memory(needed):
     """Also not as an empty view of what was computed."""
     rows, calls = arguments()
-    *call, _, _, _ = calls["dh"]
-    every = cpu.dh(*call, True, True, True)
-    got = cpu.dh(*call, *(i == needed for i in range(3)))
+    *call, everything = calls["dh"]
+    every = cpu.dh(*call, everything)
+    got = cpu.dh(*call, tuple(i == needed for i in range(3)))
     for i, (tensor, whole) in enumerate(zip(got, every, strict=True)):
         assert tensor.shape == (whole.shape if i == needed else (0, *whole.shape[1:]))
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
@@ -148,4 +146,4 @@ def test_a_schedule_of_another_backend_is_refused(monkeypatch):
     ids = torch.arange(300)[:, None] % 5
     routing = cpu.route(ids, 5, 128)
     with pytest.raises(FastexpertsError, match="the backend that routed"):
-        kernels.down(torch.zeros(300, 16), torch.zeros(5, 8, 16), routing)
+        kernels.down(torch.zeros(300, 16), torch.zeros(5, 8, 16), None, routing)

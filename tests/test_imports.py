@@ -17,6 +17,7 @@ LAYERS = (
     {"checks", "cpu", "reference"},
     {"backend"},
     {"moe"},
+    {"ops"},
     {"hf", "metrics"},
     {"train"},
     {"cli"},
@@ -131,7 +132,7 @@ def test_at_most_three_environment_variables_read_in_settings():
 def package(tmp_path):
     """A well-formed miniature of the package, for a test to break."""
     files = {
-        "__init__.py": "from fastexperts.moe import moe_mlp",
+        "__init__.py": "from fastexperts.ops import moe_mlp",
         "errors.py": "",
         "settings.py": "import os\nfrom fastexperts.errors import refuse\nos.environ.get('FASTEXPERTS_A')",
         "routing.py": "",
@@ -142,8 +143,9 @@ def package(tmp_path):
         "backend.py": "from fastexperts import routing\ndef up():\n    import fastexperts.kernels.tiles",
         "reference.py": "from .weights import Weight",
         "moe.py": "from fastexperts.backend import up",
+        "ops.py": "from fastexperts.moe import forward",
         "hf/__init__.py": "",
-        "hf/experts.py": "from ..moe import moe_mlp",
+        "hf/experts.py": "from ..ops import moe_mlp",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -161,7 +163,7 @@ def test_the_miniature_is_clean(package):
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
-        ("backend.py", "from fastexperts.moe import moe_mlp", "backend is not above moe"),
+        ("backend.py", "from fastexperts.ops import moe_mlp", "backend is not above ops"),
         ("backend.py", "def f():\n    from . import moe", "backend is not above moe"),
         ("backend.py", "from fastexperts.kernels import routing", "inside functions"),
         ("moe.py", "def f():\n    from .kernels import routing", "only ['backend']"),

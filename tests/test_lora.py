@@ -1,13 +1,14 @@
 """Low-rank updates of the experts: output and every gradient against the folded weight in fp64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from spies import poison, use_interpreter
-from support import Case, Error, build
+from support import Case, Error, build, in_turn
 
 from fastexperts import FastexpertsError, Weight, moe_mlp, moe_mlp_reference
+from fastexperts.activations import SWIGLU
 from fastexperts.weights import Lora
 
 NAMES = ("x", "weight", "a1", "b1", "a2", "b2")
@@ -113,7 +114,7 @@ W = torch.zeros(4, 6, 8)  # [E, out, in]
         ((3, 2, 8), (3, 6, 2), r"`lora.a` got \[3, 2, 8\]; it needs \[4, 2, 8\]"),
         ((4, 2, 6), (4, 6, 2), r"`lora.a` got \[4, 2, 6\]; it needs \[4, 2, 8\]"),
         ((4, 2, 8), (4, 8, 2), r"`lora.b` got \[4, 8, 2\]; it needs \[4, 6, 2\]"),
-        ((4, 0, 8), (4, 6, 0), "rank >= 1"),
+        ((4, 0, 8), (4, 6, 0), "r >= 1"),
     ],
 )
 def test_an_update_of_another_weight_is_refused(a, b, message):
@@ -144,13 +145,12 @@ def test_of_a_transposed_and_interleaved_weight(backend):
         Weight(inputs.w1, lora=lora1),
         Weight(inputs.w2, lora=lora2),
     )
-    turns = inputs.w1.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    b_turns = leaves["b1"].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    w1 = Weight(
-        turns.mT.contiguous(), transposed=True, interleaved=True, lora=Lora(leaves["a1"], b_turns, 2.0)
-    )
+    turned1 = Lora(leaves["a1"], in_turn(leaves["b1"]), 2.0)
+    w1 = Weight(in_turn(inputs.w1).mT.contiguous(), transposed=True, lora=turned1)
     w2 = Weight(inputs.w2.mT.contiguous(), transposed=True, lora=lora2)
-    got = moe_mlp(leaves["x"], inputs.ids, leaves["weight"], w1, w2)
+    got = moe_mlp(
+        leaves["x"], inputs.ids, leaves["weight"], w1, w2, activation=replace(SWIGLU, interleaved=True)
+    )
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     names = list(leaves)
     for name, one, other in zip(

@@ -15,6 +15,7 @@ FACTORS = {
     "frozen": tuple(FROZEN),
     "dtype": (torch.float32, torch.float64),
     "tma": (True, False),
+    "bias": (False, True),
 }
 # Two coverings: in one over all token counts, half of the pairs would meet where there is nothing to compute.
 TOKENS = ((7, 33, 129), (0, 1, 2))
@@ -24,7 +25,10 @@ HALF = [
     Case(tokens=7, dtype=torch.float16),
     Case(tokens=33, dtype=torch.float16, routing="sentinels", activation="gpt_oss clamped"),
     Case(tokens=33, dtype=torch.float16, dims=(97, 47), routing="zipf", layout="transposed weights"),
-    Case(tokens=33, dtype=torch.float16, activation="relu2", layout="interleaved", tma=False),
+    Case(tokens=33, dtype=torch.float16, activation="relu2", tma=False, bias=True),
+    Case(
+        tokens=33, dtype=torch.float16, activation="gpt_oss", layout="transposed and interleaved", bias=True
+    ),
     Case(tokens=33, dtype=torch.float16, routing="duplicates", layout="stride-0 gradient", frozen="weight"),
 ]
 
@@ -38,9 +42,14 @@ def check_operands(case: Case, operands: list[tuple[str, str]]) -> None:
     """Each took a descriptor where its strides allow one and none was forbidden, and a pointer elsewhere."""
     aligned = all(dim * case.dtype.itemsize % 16 == 0 for dim in case.dims)
     rows = "descriptor" if case.tma and aligned else "pointer"
-    expected = {("rows", rows), ("weight", "pointer" if case.layout == "transposed weights" else rows)}
-    # the 2 * 47 columns of h are aligned in fp64 where they are one contraction
-    also = {("rows", "descriptor")} if case.tma and case.dtype == torch.float64 else set()
+    expected = {("rows", rows), ("weight", rows)}
+    also = set()
+    if case.tma and case.dtype == torch.float64:
+        also = {("rows", "descriptor")}  # the 2 * 47 columns of h
+    if case.layout == "transposed weights":
+        also.add(("weight", "pointer"))  # gate and up of a block lie apart
+    if case.layout.startswith("transposed") and case.tma:
+        also.add(("weight", "descriptor"))  # rows of 2 * 47
     assert expected <= set(operands) <= expected | also
 
 
@@ -53,9 +62,11 @@ def expected_ops(case: Case) -> list[str]:
     return [
         *forward,
         "dh",
-        *(["dw2"] if "w2" in asked else []),
+        *(["dw"] if "w2" in asked else []),
+        *(["db"] if "b2" in asked else []),
         *(["dx", "combine"] if "x" in asked else []),
-        *(["dw1"] if "w1" in asked else []),
+        *(["dw"] if "w1" in asked else []),
+        *(["db"] if "b1" in asked else []),
     ]
 
 

@@ -12,7 +12,9 @@ from fastexperts.routing import route_torch
 CASES = (
     Case(tokens=33, experts=4, dims=(48, 80)),
     Case(33, 7, 2, (97, 47), "sentinels", activation="gpt_oss clamped", dtype=torch.float64),
-    Case(tokens=33, experts=4, dims=(48, 80), layout="interleaved"),
+    Case(tokens=33, experts=4, dims=(48, 80), bias=True),
+    Case(33, 4, 2, (48, 80), layout="transposed and interleaved", activation="gpt_oss clamped", bias=True),
+    Case(tokens=33, experts=4, dims=(32, 16), layout="transposed weights", activation="swiglu capped"),
     Case(tokens=70, experts=2, dims=(32, 16), layout="column-major x", routing="zipf"),
     Case(tokens=150, experts=2, top_k=2, dims=(32, 16), activation="relu2", routing="duplicates"),
 )

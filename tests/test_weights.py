@@ -9,41 +9,28 @@ from fastexperts.weights import as_weight
 E, F, D = 3, 5, 4
 
 
-def stored(transposed, interleaved):
-    """(w, its C, F, D entry): a weight written element by element as the layout says."""
-    w = torch.empty((E, D, 2 * F) if transposed else (E, 2 * F, D))
-    parts = torch.randn(E, 2, F, D)
-    for e, c, f, d in torch.cartesian_prod(*(torch.arange(n) for n in parts.shape)).tolist():
-        row = 2 * f + c if interleaved else c * F + f
-        w[(e, d, row) if transposed else (e, row, d)] = parts[e, c, f, d]
-    return w, parts
+def stored(transposed):
+    """(w, its E, F, D entries): a weight written element by element as the layout says."""
+    w = torch.empty((E, D, F) if transposed else (E, F, D))
+    entries = torch.randn(E, F, D)
+    for e, f, d in torch.cartesian_prod(*(torch.arange(n) for n in entries.shape)).tolist():
+        w[(e, d, f) if transposed else (e, f, d)] = entries[e, f, d]
+    return w, entries
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_parts_of_every_layout(transposed, interleaved):
-    w, parts = stored(transposed, interleaved)
-    view = Weight(w, transposed, interleaved).parts(2)
-    assert torch.equal(view, parts)
+def test_the_view_of_every_layout(transposed):
+    w, entries = stored(transposed)
+    view = Weight(w, transposed).out_in
+    assert torch.equal(view, entries)
     assert view.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_one_part_is_the_whole(transposed):
-    w, parts = stored(transposed, False)
-    weight = Weight(w, transposed)
-    assert torch.equal(weight.parts(1), parts.flatten(1, 2)[:, None])
-    assert torch.equal(weight.out_in, parts.flatten(1, 2))
-
-
 def test_the_gradient_comes_back_in_the_stored_layout():
-    w, parts = stored(transposed=True, interleaved=True)
+    w, entries = stored(transposed=True)
     w.requires_grad_()
-    Weight(w, transposed=True, interleaved=True).parts(2).square().sum().backward()
-    assert torch.equal(w.grad, 2 * w)
-    assert w.grad.shape == (E, D, 2 * F)
-    assert torch.equal(w.grad.sum(), 2 * w.detach().sum())
-    assert parts.shape == (E, 2, F, D)
+    (Weight(w, transposed=True).out_in * entries).sum().backward()
+    assert torch.equal(w.grad, entries.transpose(1, 2))
 
 
 def test_as_weight():
@@ -60,6 +47,15 @@ def test_anything_but_three_dimensions_is_refused(shape):
         Weight(torch.zeros(shape))
 
 
-def test_odd_rows_hold_no_gate_and_up():
-    with pytest.raises(FastexpertsError, match=r"got 7 output rows .*a multiple of 2 .*transposed=True"):
-        Weight(torch.zeros(2, 7, 4)).parts(2)
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.zeros(E, D), rf"`bias` got \[{E}, {D}\]; it needs \[{E}, {F}\]"),
+        (torch.zeros(E, F, dtype=torch.long), r"`bias` got torch.int64 on cpu; it needs a floating dtype"),
+        (torch.zeros(E, F, device="meta"), r"`bias` got torch.float32 on meta; .* on cpu"),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_bias_of_another_weight_is_refused(bias, message, transposed):
+    with pytest.raises(FastexpertsError, match=message):
+        Weight(stored(transposed)[0], transposed, bias)

@@ -28,4 +28,5 @@ if __name__ == "__main__":
     parser.add_argument("--kill-at", type=int)
     options = parser.parse_args()
     killer = [KillAt(options.kill_at)] if options.kill_at else []
-    train(load_recipe(options.recipe), resume=options.resume, callbacks=killer)
+    result = train(load_recipe(options.recipe), resume=options.resume, callbacks=killer)
+    result.trainer.accelerator.end_training()  # as `fastexperts train` does

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastexperts.activations import ACTIVATIONS, Activation
 from fastexperts.errors import FastexpertsError
-from fastexperts.moe import moe_mlp
+from fastexperts.ops import moe_mlp
 from fastexperts.reference import moe_mlp_reference
 from fastexperts.routing import Routing
 from fastexperts.weights import Lora, Weight

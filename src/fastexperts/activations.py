@@ -1,11 +1,11 @@
 """Activations of an expert as data: one formula, its rows, and the derivative.
 
-    gated      a = f(min(g, limit)) * (clamp(u, -limit, limit) + up_shift)      h = [g, u]
-    non-gated  a = f(min(g, limit))                                             h = g
+    gated      a = f(min(g, limit)) * (cap(clamp(u, -limit, limit), up_cap) + up_shift)      h = [g, u]
+    non-gated  a = f(min(g, limit))                                                          h = g
 
-`f` is one of `FUNCTIONS`. The Triton kernels read the same fields (kernels/activation.py), so that a new
-gate is a new row here and not a new kernel. A clamp passes the gradient where its input lies inside, bounds
-included, as `torch.clamp` does.
+`f` is one of `FUNCTIONS`, cap(x, c) = c tanh(x / c). The Triton kernels read the same fields
+(kernels/activation.py), so that a new gate is a new row here and not a new kernel. A clamp passes the
+gradient where its input lies inside, bounds included, as `torch.clamp` does.
 
 Legend: P rows, F expert intermediate dim, G columns of h (2F gated, F otherwise).
 """
@@ -13,8 +13,8 @@ Legend: P rows, F expert intermediate dim, G columns of h (2F gated, F otherwise
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -25,50 +25,63 @@ _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
 
 
-def _silu(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def capped(x: Tensor, cap: float) -> tuple[Tensor, Tensor | float]:
+    """(cap * tanh(x / cap), its derivative), or x and 1 for an infinite cap."""
+    if math.isinf(cap):
+        return x, 1.0
+    t = torch.tanh(x / cap)
+    return cap * t, 1 - t * t
+
+
+def _silu(x: Tensor, alpha: float, cap: float) -> tuple[Tensor, Tensor]:
     s = torch.sigmoid(alpha * x)
-    return x * s, s * (1 + alpha * x * (1 - s))
+    linear, slope = capped(x, cap)
+    return linear * s, s * (slope + alpha * linear * (1 - s))
 
 
-def _gelu(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _gelu(x: Tensor, *_: float) -> tuple[Tensor, Tensor]:
     cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
     return x * cdf, cdf + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
-def _gelu_tanh(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _gelu_tanh(x: Tensor, *_: float) -> tuple[Tensor, Tensor]:
     t = torch.tanh(_SQRT_2_OVER_PI * (x + _GELU_CUBIC * x**3))
     slope = _SQRT_2_OVER_PI * (1 + 3 * _GELU_CUBIC * x * x)
     return 0.5 * x * (1 + t), 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope
 
 
-def _relu(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _relu(x: Tensor, *_: float) -> tuple[Tensor, Tensor]:
     return torch.relu(x), (x > 0).to(x.dtype)
 
 
-def _relu2(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _relu2(x: Tensor, *_: float) -> tuple[Tensor, Tensor]:
     r = torch.relu(x)
     return r * r, 2 * r
 
 
-FUNCTIONS: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
+FUNCTIONS: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tensor]]] = {
     "silu": _silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": _relu,
     "relu2": _relu2,
 }
-"""name -> (x, alpha) -> (f(x), f'(x)); only silu reads alpha: x * sigmoid(alpha * x)."""
+"""name -> (x, alpha, cap) -> (f(x), f'(x)); only silu reads them: cap(x) * sigmoid(alpha * x)."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One row: which `f`, gated or not, and its constants."""
+    """One row: which `f`, gated or not, its constants, and how gate and up share the columns of h."""
 
     fn: str
     gated: bool = True
     alpha: float = 1.0
     limit: float = math.inf
     up_shift: float = 0.0
+    gate_cap: float = math.inf
+    up_cap: float = math.inf
+    interleaved: bool = False
+    """h, and so the rows of w1 and its bias, alternate: g0 u0 g1 u1 ... Otherwise all gates come first."""
 
     def __post_init__(self) -> None:
         if self.fn not in list(FUNCTIONS):  # a list: what has no hash is refused like any other
@@ -79,21 +92,31 @@ class Activation:
                 needs=f"one of {', '.join(FUNCTIONS)}",
                 way_out="Add a row to fastexperts.activations.FUNCTIONS and kernels/activation.py.",
             )
-        if not self.limit > 0:
+        for name in ("limit", "gate_cap", "up_cap"):
+            if not getattr(self, name) > 0:
+                raise refuse(
+                    "Activation",
+                    name,
+                    got=getattr(self, name),
+                    needs="a positive number",
+                    way_out="Use inf for no bound.",
+                )
+        for name, neutral in (("alpha", 1.0), ("gate_cap", math.inf)):
+            if getattr(self, name) != neutral and self.fn != "silu":
+                raise refuse(
+                    "Activation",
+                    name,
+                    got=getattr(self, name),
+                    needs=f"{neutral} for {self.fn}",
+                    way_out="Only silu is scaled and capped.",
+                )
+        if self.interleaved and not self.gated:
             raise refuse(
                 "Activation",
-                "limit",
-                got=self.limit,
-                needs="a positive number",
-                way_out="Use inf for no clamp.",
-            )
-        if self.alpha != 1.0 and self.fn != "silu":
-            raise refuse(
-                "Activation",
-                "alpha",
-                got=self.alpha,
-                needs=f"1.0 for {self.fn}",
-                way_out="Only silu is scaled.",
+                "interleaved",
+                got=True,
+                needs="False without a gate",
+                way_out="There is nothing to alternate with.",
             )
 
     @property
@@ -103,32 +126,45 @@ class Activation:
 
     @property
     def params(self) -> list[float]:
-        """The floats as they travel through the ops' schema: [alpha, limit, up_shift]."""
-        return [self.alpha, self.limit, self.up_shift]
+        """The fields behind `fn` as they travel through the ops' schema."""
+        _, *fields = astuple(self)
+        return [float(value) for value in fields]
 
     @staticmethod
-    def of(fn: str, gated: bool, params: list[float]) -> Activation:
-        """The inverse of (`fn`, `gated`, `params`)."""
-        return Activation(fn, gated, *params)
+    def of(fn: str, params: Sequence[float]) -> Activation:
+        """The inverse of (`fn`, `params`)."""
+        gated, alpha, limit, up_shift, gate_cap, up_cap, interleaved = params
+        return Activation(fn, bool(gated), alpha, limit, up_shift, gate_cap, up_cap, bool(interleaved))
+
+    def split(self, h_PG: Tensor) -> tuple[Tensor, Tensor]:
+        """Views (g_PF, u_PF) of a gated h."""
+        if self.interleaved:
+            return h_PG[..., ::2], h_PG[..., 1::2]
+        g_PF, u_PF = h_PG.chunk(2, dim=-1)
+        return g_PF, u_PF
 
     def forward(self, h_PG: Tensor) -> Tensor:
         """a_PF, in the dtype of `h_PG`. Plain differentiable PyTorch."""
-        if not self.gated:
-            return FUNCTIONS[self.fn](h_PG.clamp(max=self.limit), self.alpha)[0]
-        g_PF, u_PF = h_PG.chunk(2, dim=-1)
-        f_PF, _ = FUNCTIONS[self.fn](g_PF.clamp(max=self.limit), self.alpha)
-        return f_PF * (u_PF.clamp(-self.limit, self.limit) + self.up_shift)
+        g_PF, u_PF = self.split(h_PG) if self.gated else (h_PG, None)
+        f_PF, _ = FUNCTIONS[self.fn](g_PF.clamp(max=self.limit), self.alpha, self.gate_cap)
+        if u_PF is None:
+            return f_PF
+        up_PF, _ = capped(u_PF.clamp(-self.limit, self.limit), self.up_cap)
+        return f_PF * (up_PF + self.up_shift)
 
     def vjp(self, h_PG: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor]:
         """(a_PF, dh_PG): the activation recomputed from h, and the gradient of h."""
-        g_PF, *rest = h_PG.chunk(self.parts, dim=-1)
-        f_PF, df_PF = FUNCTIONS[self.fn](g_PF.clamp(max=self.limit), self.alpha)
+        g_PF, u_PF = self.split(h_PG) if self.gated else (h_PG, None)
+        f_PF, df_PF = FUNCTIONS[self.fn](g_PF.clamp(max=self.limit), self.alpha, self.gate_cap)
         df_PF = df_PF * (g_PF <= self.limit)
-        if not self.gated:
+        if u_PF is None:
             return f_PF, da_PF * df_PF
-        (u_PF,) = rest
-        up_PF = u_PF.clamp(-self.limit, self.limit) + self.up_shift
-        dg_PF, du_PF = da_PF * up_PF * df_PF, da_PF * f_PF * (u_PF.abs() <= self.limit)
+        up_PF, dup_PF = capped(u_PF.clamp(-self.limit, self.limit), self.up_cap)
+        up_PF = up_PF + self.up_shift
+        dg_PF = da_PF * up_PF * df_PF
+        du_PF = da_PF * f_PF * dup_PF * (u_PF.abs() <= self.limit)
+        if self.interleaved:
+            return f_PF * up_PF, torch.stack([dg_PF, du_PF], dim=-1).flatten(-2)
         return f_PF * up_PF, torch.cat([dg_PF, du_PF], dim=-1)
 
 
@@ -150,7 +186,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": Activation("gelu", gated=False),
     "gelu_tanh": Activation("gelu_tanh", gated=False),
 }
-"""Names accepted wherever an `Activation` is; clamped gates are `dataclasses.replace(SWIGLU, limit=...)`."""
+"""Names accepted wherever an `Activation` is; other rows are `dataclasses.replace(SWIGLU, limit=...)`."""
 
 
 def resolve(activation: object, where: str) -> Activation:
@@ -163,6 +199,6 @@ def resolve(activation: object, where: str) -> Activation:
             "activation",
             got=repr(activation),
             needs=f"an Activation or one of {', '.join(ACTIVATIONS)}",
-            way_out="Other gates are Activation(fn=..., gated=..., alpha=..., limit=..., up_shift=...).",
+            way_out="Other gates are Activation(fn=..., gated=..., alpha=..., limit=..., ...).",
         )
     return ACTIVATIONS[activation]

@@ -37,17 +37,20 @@ class Backend(Protocol):
     @staticmethod
     def up(
         x_TD: Tensor,
-        w1_ECFD: Tensor,
+        w1_EGD: Tensor,
+        bias_EG: Tensor | None,
         routing: Routing,
         activation: Activation,
         keep_h: bool,
         more: Step | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """h_PG = x_TD[token of row] @ w1^T and a_PF = act(h_PG); h is [0, G] unless `keep_h`."""
+        """h_PG = x_TD[token of row] @ w1^T + bias and a_PF = act(h_PG); h is [0, G] unless `keep_h`."""
 
     @staticmethod
-    def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
-        """y_PD = a_PF @ w2^T."""
+    def down(
+        a_PF: Tensor, w2_EDF: Tensor, bias_ED: Tensor | None, routing: Routing, more: Step | None = None
+    ) -> Tensor:
+        """y_PD = a_PF @ w2^T + bias."""
 
     @staticmethod
     def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
@@ -63,19 +66,18 @@ class Backend(Protocol):
         weight_TK: Tensor,
         routing: Routing,
         activation: Activation,
-        need_dh: bool,
-        need_wa: bool,
-        need_dweight: bool,
+        needs: tuple[bool, bool, bool],
         more: Step | None = None,
+        plus_TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """v_PF = dout_TD[token of row] @ w2, then (dh_PG, wa_PF, dweight_TK); what is not needed comes back
-        with 0 rows.
+        """v_PF = dout_TD[token of row] @ w2, then (dh_PG, wa_PF, dweight_TK); of what `needs` does not ask
+        for comes back 0 rows.
 
-        dh = act'(h) * (weight * v), wa = weight * act(h), dweight = sum_F v * act(h).
+        dh = act'(h) * (weight * v), wa = weight * act(h), dweight = plus + sum_F v * act(h).
         """
 
     @staticmethod
-    def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
+    def dx(dh_PG: Tensor, w1_EGD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
         """dx_PD = dh_PG @ w1."""
 
     @staticmethod
@@ -85,16 +87,16 @@ class Backend(Protocol):
         """
 
     @staticmethod
-    def dw(rows_PM: Tensor, rows_PN: Tensor, routing: Routing, like_EMN: Tensor) -> Tensor:
-        """dw[e] = rows_PM[rows of e]^T @ rows_PN[rows of e], dtype and strides as `like`."""
+    def dw(left: Tensor, right: Tensor, routing: Routing, like_EMN: Tensor, tokens: str = "") -> Tensor:
+        """dw[e] = left_PM[rows of e]^T @ right_PN[rows of e], dtype and strides as `like`; `tokens`: "left"
+        or "right" holds tokens, of rows taken as in `up`.
+        """
 
     @staticmethod
-    def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:
-        """dw1_ECFD[e] = dh_PG[rows of e]^T @ x_TD[token of rows], dtype and strides as `w1_ECFD`."""
-
-    @staticmethod
-    def dw2(dout_TD: Tensor, wa_PF: Tensor, routing: Routing, w2_EDF: Tensor) -> Tensor:
-        """dw2_EDF[e] = dout_TD[token of rows]^T @ wa_PF[rows of e], dtype and strides as `w2_EDF`."""
+    def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:
+        """db[e] = sum of rows_PN over the rows of e, dtype as `like`. With a weight, rows holds tokens and
+        each is taken times its pair's weight.
+        """
 
 
 def name(device: torch.device) -> str:

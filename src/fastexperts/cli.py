@@ -71,6 +71,8 @@ def train(
         typer.echo(
             f"Loss {result.losses[-1][1]:.4f} after {result.losses[-1][0]} steps; {result.model_folder}"
         )
+    # A process that leaves with its group's threads running aborts now and then (SIGABRT under gloo).
+    result.trainer.accelerator.end_training()
 
 
 @app.command()

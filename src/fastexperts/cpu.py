@@ -17,7 +17,7 @@ from fastexperts.routing import Routing
 from fastexperts.routing import route_torch as route
 from fastexperts.weights import Step
 
-__all__ = ["block_m", "combine", "dh", "down", "dw", "dw1", "dw2", "dx", "route", "shrink", "up"]
+__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up"]
 
 
 def block_m(device: torch.device, dtype: torch.dtype) -> int:
@@ -26,37 +26,36 @@ def block_m(device: torch.device, dtype: torch.dtype) -> int:
 
 def up(
     x_TD: Tensor,
-    w1_ECFD: Tensor,
+    w1_EGD: Tensor,
+    bias_EG: Tensor | None,
     routing: Routing,
     activation: Activation,
     keep_h: bool,
     more: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
-    x_PD = _gather(x_TD, routing)
-    h_PG = torch.cat(
-        [_grouped_mm(x_PD, w.transpose(1, 2), routing.offsets_E1) for w in w1_ECFD.unbind(1)], dim=1
-    )
+    h_PG = _grouped_mm(_gather(x_TD, routing), w1_EGD.mT, routing.offsets_E1)
     if more:
-        h_PG = h_PG + _grouped_mm(more.rows_PR, more.w.flatten(1, 2).transpose(1, 2), routing.offsets_E1)
+        h_PG = h_PG + _grouped_mm(more.rows_PR, more.w.mT, routing.offsets_E1)
+    h_PG = _biased(h_PG, bias_EG, routing)
     return h_PG if keep_h else h_PG[:0].clone(), activation.forward(h_PG)
 
 
-def down(a_PF: Tensor, w2_EDF: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
-    y_PD = _grouped_mm(a_PF, w2_EDF.transpose(1, 2), routing.offsets_E1)
+def down(
+    a_PF: Tensor, w2_EDF: Tensor, bias_ED: Tensor | None, routing: Routing, more: Step | None = None
+) -> Tensor:
+    y_PD = _grouped_mm(a_PF, w2_EDF.mT, routing.offsets_E1)
     if more:
-        y_PD = y_PD + _grouped_mm(more.rows_PR, more.w.transpose(1, 2), routing.offsets_E1)
-    return y_PD
+        y_PD = y_PD + _grouped_mm(more.rows_PR, more.w.mT, routing.offsets_E1)
+    return _biased(y_PD, bias_ED, routing)
 
 
 def shrink(rows: Tensor, factor_ERK: Tensor, routing: Routing, tokens: bool) -> Tensor:
     rows_PK = _gather(rows, routing) if tokens else rows
-    return _grouped_mm(rows_PK, factor_ERK.transpose(1, 2), routing.offsets_E1)
+    return _grouped_mm(rows_PK, factor_ERK.mT, routing.offsets_E1)
 
 
-def dx(dh_PG: Tensor, w1_ECFD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
-    parts = zip(dh_PG.chunk(w1_ECFD.shape[1], dim=1), w1_ECFD.unbind(1), strict=True)
-    first, *rest = (_grouped_mm(dh_PF, w_EFD, routing.offsets_E1) for dh_PF, w_EFD in parts)
-    dx_PD = first + rest[0] if rest else first
+def dx(dh_PG: Tensor, w1_EGD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
+    dx_PD = _grouped_mm(dh_PG, w1_EGD, routing.offsets_E1)
     if more:
         dx_PD = dx_PD + _grouped_mm(more.rows_PR, more.w, routing.offsets_E1)
     return dx_PD
@@ -69,10 +68,9 @@ def dh(
     weight_TK: Tensor,
     routing: Routing,
     activation: Activation,
-    need_dh: bool,
-    need_wa: bool,
-    need_dweight: bool,
+    needs: tuple[bool, bool, bool],
     more: Step | None = None,
+    plus_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulator(h_PG.dtype)
     row_of_pair_P = routing.row_of_pair_P
@@ -82,6 +80,9 @@ def dh(
     weight_P1 = weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)].to(wide)[:, None]
     a_PF, dh_PG = activation.vjp(h_PG.to(wide), weight_P1 * v_PF)
     dweight_P = (v_PF * a_PF).sum(-1)[row_of_pair_P.clamp(min=0)].where(row_of_pair_P >= 0, 0)
+    if plus_TK is not None:
+        dweight_P = dweight_P + plus_TK.flatten()
+    need_dh, need_wa, need_dweight = needs
     return (
         _if(need_dh, dh_PG, h_PG.dtype),
         _if(need_wa, weight_P1 * a_PF, h_PG.dtype),
@@ -101,29 +102,41 @@ def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: tor
     return out_TD.to(dtype)
 
 
-def dw(rows_PM: Tensor, rows_PN: Tensor, routing: Routing, like_EMN: Tensor) -> Tensor:
-    return _dw(rows_PM, rows_PN, routing, like_EMN[:, None]).squeeze(1)
+def dw(left: Tensor, right: Tensor, routing: Routing, like_EMN: Tensor, tokens: str = "") -> Tensor:
+    left_PM = _gather(left, routing) if tokens == "left" else left
+    right_PN = _gather(right, routing) if tokens == "right" else right
+    return torch.empty_like(like_EMN).copy_(_grouped_mm(left_PM.t(), right_PN, routing.offsets_E1))
 
 
-def dw1(dh_PG: Tensor, x_TD: Tensor, routing: Routing, w1_ECFD: Tensor) -> Tensor:
-    return _dw(dh_PG, _gather(x_TD, routing), routing, w1_ECFD)
+def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:
+    wide = accumulator(rows.dtype)
+    rows_PN = rows if weight_TK is None else _gather(rows, routing)
+    weighted_PN = rows_PN.to(wide)
+    if weight_TK is not None:
+        weighted_PN = (
+            weighted_PN * weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)].to(wide)[:, None]
+        )
+    num_experts = len(like_EN)
+    sums = weighted_PN.new_zeros(num_experts + 1, like_EN.shape[1])  # the last takes rows without an expert
+    sums.index_add_(0, _expert_of_row(routing), weighted_PN)
+    return torch.empty_like(like_EN).copy_(sums[:num_experts])
 
 
-def dw2(dout_TD: Tensor, wa_PF: Tensor, routing: Routing, w2_EDF: Tensor) -> Tensor:
-    return _dw(_gather(dout_TD, routing), wa_PF, routing, w2_EDF[:, None]).squeeze(1)
+def _expert_of_row(routing: Routing) -> Tensor:
+    """[P]; E behind the last row of an expert."""
+    rows = torch.arange(len(routing.pair_of_row_P), dtype=torch.int32, device=routing.offsets_E1.device)
+    return torch.searchsorted(routing.offsets_E1[1:], rows, right=True)
+
+
+def _biased(rows_PN: Tensor, bias_EN: Tensor | None, routing: Routing) -> Tensor:
+    if bias_EN is None:
+        return rows_PN
+    return rows_PN + bias_EN[_expert_of_row(routing).clamp(max=len(bias_EN) - 1)]
 
 
 def _gather(x_TD: Tensor, routing: Routing) -> Tensor:
     """x_PD[row] = x_TD[token of row]"""
     return x_TD[routing.pair_of_row_P.clamp(min=0) // routing.top_k]
-
-
-def _dw(rows_M: Tensor, rows_N: Tensor, routing: Routing, like_ECMN: Tensor) -> Tensor:
-    out_ECMN = torch.empty_like(like_ECMN)
-    parts = zip(rows_M.chunk(like_ECMN.shape[1], dim=1), out_ECMN.unbind(1), strict=True)
-    for part_PM, out_EMN in parts:
-        out_EMN.copy_(_grouped_mm(part_PM.t(), rows_N, routing.offsets_E1))
-    return out_ECMN
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offsets_E1: Tensor) -> Tensor:

@@ -1,13 +1,8 @@
-"""`Weight`: one expert projection of a layer as it is stored, and the one view that the ops compute with;
-`Lora`: what an adapter adds to it.
+"""`Weight`: one expert projection of a layer as it is stored, with its bias and what an adapter adds to it
+(`Lora`).
 
-Layouts are strides. `parts()` gives every stored form as one (E, C, F, D) view (C = 2 for gate and up, else
-1) and never copies, so that kernels know one layout and gradients come back in the parameter's own.
-
-    stored                                   view
-    [E, 2F, D] gate rows, then up rows       unflatten(1, (C, F))
-    [E, 2F, D] interleaved gate0 up0 ...     unflatten(1, (F, C)).transpose(1, 2)
-    transposed=True: [E, D, 2F]              transpose(1, 2) first
+Layouts are strides: the ops see every projection as [E, out, in], a view and never a copy, and gradients come
+back in the parameter's own layout.
 """
 
 from __future__ import annotations
@@ -83,13 +78,13 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Weight:
-    """An expert projection: `w` [E, out, in], or [E, in, out] when `transposed`; `interleaved` concerns gate
-    and up. `lora`: what is added to it.
+    """An expert projection: `w` [E, out, in], or [E, in, out] when `transposed`; `bias` [E, out]; `lora`:
+    what is added to w. The outputs of w1 are the columns of h, in the activation's order (`interleaved`).
     """
 
     w: Tensor
     transposed: bool = False
-    interleaved: bool = False
+    bias: Tensor | None = None
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
@@ -109,63 +104,40 @@ class Weight:
                 needs="3 dimensions [experts, out, in]",
                 way_out="Stack the experts' matrices along a new first dimension.",
             )
-
-        if self.lora is not None:
-            self._check(self.lora)
-
-    def _check(self, lora: Lora) -> None:
-        """Raise unless `lora` updates a weight of these dims: kernels index both alike."""
         experts, dim_out, dim_in = self.out_in.shape
-        for name, factor, expected in (
-            ("lora.a", lora.a, (experts, lora.a.shape[1], dim_in)),
-            ("lora.b", lora.b, (experts, dim_out, lora.b.shape[2])),
-        ):
-            if factor.shape != expected or lora.a.shape[1] == 0:
-                raise refuse(
-                    "Weight",
-                    name,
-                    got=list(factor.shape),
-                    needs=f"{list(expected)} (w is {[experts, dim_out, dim_in]} as [E, out, in]), rank >= 1",
-                    way_out="a is [E, r, in] and b is [E, out, r], also for a transposed weight.",
-                )
-            if factor.device != self.w.device or not factor.is_floating_point():
-                raise refuse(
-                    "Weight",
-                    name,
-                    got=f"{factor.dtype} on {factor.device}",
-                    needs=f"a floating dtype on {self.w.device}, as w",
-                    way_out=f"Move it with .to('{self.w.device}').",
-                )
+        if self.bias is not None:
+            self._check("bias", self.bias, (experts, dim_out), "Stack the experts' biases, [E, out].")
+        if self.lora is not None:
+            rank, way_out = (
+                self.lora.a.shape[1],
+                "a is [E, r, in] and b is [E, out, r], r >= 1, also for a transposed weight.",
+            )
+            self._check("lora.a", self.lora.a, (experts, max(1, rank), dim_in), way_out)
+            self._check("lora.b", self.lora.b, (experts, dim_out, rank), way_out)
+
+    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...], way_out: str) -> None:
+        """Raise unless `tensor` belongs to a weight of these dims: kernels index both alike."""
+        if tensor.shape != shape:
+            raise refuse(
+                "Weight",
+                name,
+                got=list(tensor.shape),
+                needs=f"{list(shape)}, as w is {list(self.out_in.shape)} as [E, out, in]",
+                way_out=way_out,
+            )
+        if tensor.device != self.w.device or not tensor.is_floating_point():
+            raise refuse(
+                "Weight",
+                name,
+                got=f"{tensor.dtype} on {tensor.device}",
+                needs=f"a floating dtype on {self.w.device}, as w",
+                way_out=f"Move it with .to('{self.w.device}').",
+            )
 
     @property
     def out_in(self) -> Tensor:
         """The [E, out, in] view."""
         return self.w.transpose(1, 2) if self.transposed else self.w
-
-    def parts(self, count: int) -> Tensor:
-        """The (E, `count`, out / `count`, in) view."""
-        return self._split(self.out_in, count)
-
-    def lora_parts(self, count: int) -> Lora | None:
-        """The update with the rows of `b` in the order of `parts`: gate, then up."""
-        if self.lora is None or not self.interleaved:
-            return self.lora
-        b = self._split(self.lora.b, count).flatten(1, 2)
-        return Lora(self.lora.a, b, self.lora.scale)
-
-    def _split(self, w: Tensor, count: int) -> Tensor:
-        if w.shape[1] % count:
-            raise refuse(
-                "Weight",
-                "w",
-                got=f"{w.shape[1]} output rows in {tuple(self.w.shape)}",
-                needs=f"a multiple of {count} (gate and up)",
-                way_out="Use a non-gated activation, or transposed=True if the last dimension is the output.",
-            )
-        half = w.shape[1] // count
-        if self.interleaved:
-            return w.unflatten(1, (half, count)).transpose(1, 2)
-        return w.unflatten(1, (count, half))
 
 
 def as_weight(w: Tensor | Weight) -> Weight:

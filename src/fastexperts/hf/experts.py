@@ -5,6 +5,8 @@ Every flag of the interface is honoured or refused; nothing is guessed from a cl
 
 from __future__ import annotations
 
+import functools
+import inspect
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -26,7 +28,7 @@ from fastexperts.hf.inventory import (
     stored,
 )
 from fastexperts.hf.plain import check_kind, check_plain
-from fastexperts.moe import moe_mlp
+from fastexperts.ops import moe_mlp
 from fastexperts.weights import Weight
 
 NAME = "fastexperts"
@@ -103,25 +105,36 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     check_flags(self)
     w1_name, w2_name = _weight_names(self)
-    w1, w2 = getattr(self, w1_name), getattr(self, w2_name)
     if not torch.compiler.is_compiling():
-        for name, w in ((w1_name, w1), (w2_name, w2)):
-            check_plain(self, name, w)
-    return moe_mlp(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        Weight(
+        for name in (w1_name, w2_name, *((w1_name + "_bias", w2_name + "_bias") if self.has_bias else ())):
+            check_plain(self, name, getattr(self, name))
+    w1, w2 = _weight(self, w1_name), _weight(self, w2_name)
+    activation = activation_of(self)
+    # transformers < 5.23 does not say, and sends the same sentinels.
+    expert_parallel = getattr(self, "_is_expert_parallel", True)
+    if not getattr(self, "has_post_expert_norm", False):
+        return moe_mlp(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
             w1,
-            transposed=self.is_transposed,
-            interleaved=not self.is_concatenated,
-            lora=peft.update_of(self, w1_name),
-        ),
-        Weight(w2, transposed=self.is_transposed, lora=peft.update_of(self, w2_name)),
-        activation=activation_of(self),
-        # transformers < 5.23 does not say, and sends the same sentinels.
-        expert_parallel=getattr(self, "_is_expert_parallel", True),
-    )
+            w2,
+            activation=activation,
+            expert_parallel=expert_parallel,
+        )
+    # The norm comes between an expert and its weight: every pair is a token of its own, with one expert.
+    x_PD = hidden_states.repeat_interleave(top_k_index.shape[1], dim=0)
+    ids_P1, weight_P1 = top_k_index.reshape(-1, 1), top_k_weights.reshape(-1, 1)
+    ones_P1 = torch.ones_like(weight_P1)
+    y_PD = moe_mlp(x_PD, ids_P1, ones_P1, w1, w2, activation=activation, expert_parallel=expert_parallel)
+    y_PD = self.post_expert_norm(y_PD) * weight_P1
+    return y_PD.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+
+
+def _weight(module: Any, name: str) -> Weight:
+    """The projection `name` of an experts module, with its bias and what adapters add to it."""
+    bias = getattr(module, name + "_bias") if module.has_bias else None
+    return Weight(getattr(module, name), module.is_transposed, bias, peft.update_of(module, name))
 
 
 def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -129,16 +142,29 @@ def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     raise _fp8_refusal(self)
 
 
+_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
+
+
 def check_flags(module: Any) -> None:
-    """Raise FastexpertsError for a flag of the interface that is set and not served."""
-    for flag, what in (
-        ("has_bias", "no expert biases"),
-        ("has_post_expert_norm", "no norm after each expert"),
-    ):
-        if getattr(module, flag, False):  # has_post_expert_norm came after transformers 5.17
+    """Raise FastexpertsError for a flag of the interface that is set and that this version does not know."""
+    for flag in _new_flags():
+        if getattr(module, flag, False):
             raise refuse(
-                type(module).__name__, flag, got=True, needs=f"False ({what} so far)", way_out=WAY_OUT
+                type(module).__name__,
+                flag,
+                got=True,
+                needs=f"False: it came with a newer transformers and is none of {', '.join(sorted(_FLAGS))}",
+                way_out=WAY_OUT,
             )
+
+
+@functools.cache
+def _new_flags() -> frozenset[str]:
+    """The flags of transformers' decorator that are none of ours."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    parameters = inspect.signature(use_experts_implementation).parameters
+    return frozenset(name for name in parameters if name.startswith(("is_", "has_"))) - _FLAGS
 
 
 def check_served(module: Any) -> Activation:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from types import FunctionType, MethodType
 from typing import Any
@@ -81,7 +81,7 @@ def checked_gate(module: Any) -> CheckedGate:
 
 
 @torch.compiler.assume_constant_result
-def _fields_constant(module: Any) -> tuple[str, bool, float, float, float]:
+def _fields_constant(module: Any) -> tuple[Any, ...]:
     """The fields of the activation: torch.compile builds an `Activation`, but takes none as a constant."""
     return astuple(checked_gate(module).activation)
 
@@ -140,7 +140,7 @@ def find_activation(module: Any) -> Activation:
     for activation in _candidates(module):
         deviation, where = _deviation(activation, h_PG, a_PF, dh_PG)
         if deviation <= TOLERANCE:
-            return activation
+            return replace(activation, interleaved=interleaved)
         if closest is None or deviation < closest[0]:
             closest = deviation, f"the closest, {activation}, deviates by {where}"
     raise refuse(
@@ -201,6 +201,10 @@ def _candidates(module: Any) -> Iterator[Activation]:
     for fn, alpha, limit, shift in product(FUNCTIONS, dict.fromkeys(alphas), [math.inf, *limits], shifts):
         if alpha == 1.0 or fn == "silu":
             yield Activation(fn, module.has_gate, alpha, limit, shift)
+    caps = [value for part in module.modules() for value in _values_named(part, "cap") if value > 0]
+    if module.has_gate:
+        for gate_cap, up_cap in product(dict.fromkeys(caps), repeat=2):
+            yield Activation("silu", gate_cap=gate_cap, up_cap=up_cap)
 
 
 def _values_named(module: Any, *parts: str) -> list[float]:

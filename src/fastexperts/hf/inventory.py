@@ -93,6 +93,7 @@ def stored(module: Any, name: str) -> bool:
 
 def label_of(activation: Activation) -> str:
     """The name of a row in ACTIVATIONS, with the constants that differ from it: swiglu(limit=10.0)."""
+    activation = replace(activation, interleaved=False)  # a layout, of which the table has no column
     for name, row in ACTIVATIONS.items():
         if row == activation:
             return name

@@ -6,9 +6,10 @@ shape.
 """
 
 from fastexperts.kernels.combine import combine
-from fastexperts.kernels.grouped_dw import dw, dw1, dw2
+from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, shrink, up
 from fastexperts.kernels.routing import route
+from fastexperts.kernels.sum_rows import db
 from fastexperts.kernels.tiles import block_m
 
-__all__ = ["block_m", "combine", "dh", "down", "dw", "dw1", "dw2", "dx", "route", "shrink", "up"]
+__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up"]

@@ -67,11 +67,13 @@ def _gather(
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def _sum_dweight(
     p_partial,  # [NB, P] by row
+    p_plus,  # [P] by pair
     p_row_of_pair,  # [P]
     p_out,  # [P] by pair
     num_pairs,
     num_blocks,
     BLOCK: tl.constexpr,
+    PLUS: tl.constexpr,
 ):
     """Grid (P blocks): one program sums the column blocks of BLOCK pairs in order; no row gives 0."""
     o_p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -82,6 +84,8 @@ def _sum_dweight(
     for _ in range(num_blocks):
         total += tl.load(p_block, mask=row >= 0, other=0.0)
         p_block += num_pairs
+    if PLUS:
+        total += tl.load(p_plus + o_p, mask=m_p, other=0.0)
     tl.store(p_out + o_p, total.to(p_out.dtype.element_ty), mask=m_p)
 
 
@@ -124,16 +128,17 @@ def gather(x_TD: Tensor, routing: Routing) -> Tensor:
 
 
 @planned
-def _sum_plan(dweight_TK: Tensor, *, wide: torch.dtype) -> Plan:
-    return Plan(_sum_dweight, (None,) * 3, (), dict(BLOCK=256))
+def _sum_plan(dweight_TK: Tensor, plus_TK: Tensor | None, *, wide: torch.dtype) -> Plan:
+    return Plan(_sum_dweight, (None,) * 4, (), dict(BLOCK=256, PLUS=plus_TK is not None))
 
 
-def sum_dweight(partial_NP: Tensor, routing: Routing, like_TK: Tensor) -> Tensor:
-    """dweight_TK from the partial sums per block of columns, in the dtype of `like_TK`."""
+def sum_dweight(partial_NP: Tensor, plus_TK: Tensor | None, routing: Routing, like_TK: Tensor) -> Tensor:
+    """dweight_TK from the partial sums per block of columns, and `plus`, in the dtype of `like_TK`."""
     dweight_TK = torch.empty_like(like_TK, memory_format=torch.contiguous_format)
     num_blocks, num_pairs = partial_NP.shape
     if num_pairs:
-        plan = _sum_plan(dweight_TK, wide=partial_NP.dtype)
+        plan = _sum_plan(dweight_TK, plus_TK, wide=partial_NP.dtype)
         grid = (triton.cdiv(num_pairs, plan.constants["BLOCK"]),)
-        plan(grid, (partial_NP, routing.row_of_pair_P, dweight_TK), num_pairs, num_blocks)
+        plus = partial_NP if plus_TK is None else plus_TK
+        plan(grid, (partial_NP, plus, routing.row_of_pair_P, dweight_TK), num_pairs, num_blocks)
     return dweight_TK

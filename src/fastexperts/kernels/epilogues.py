@@ -40,75 +40,75 @@ def store_plain(acc, p_out, n0, N, m_m, SUBTILES: tl.constexpr):
 
 
 @triton.jit
-def store_act(
-    g, u, p_out, p_h, n0, N, m_m, STORE_H: tl.constexpr,
-    FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
-    SUBTILES: tl.constexpr,
-):  # fmt: skip
-    """h = [g, u] and a = act(h). p_out: [rows, N], p_h: [rows, WIDTH * N], both at the first row."""
+def part_of_h(p_h, o_m, n0, N, ACT: tl.constexpr, BN: tl.constexpr):
+    """(pointers to gate columns [n0, n0 + BN) of h, the distance to up's), or all columns of a non-gated h.
+    p_h: [rows, N], [rows, 2N] gated, at the first row.
+    """
+    o_n = n0 + tl.arange(0, BN)
+    if ACT.interleaved:
+        return p_h + o_m * (2 * N) + 2 * o_n[None, :], 1
+    elif ACT.gated:
+        return p_h + o_m * (2 * N) + o_n[None, :], N
+    else:
+        return p_h + o_m * N + o_n[None, :], 0
+
+
+@triton.jit
+def store_act(g, u, p_out, p_h, n0, N, m_m, STORE_H: tl.constexpr, ACT: tl.constexpr, SUBTILES: tl.constexpr):
+    """h = [g, u] and a = act(h). p_out: [rows, N], p_h: [rows, G], both at the first row."""
     BM: tl.constexpr = g.shape[0]
     BN: tl.constexpr = g.shape[1]
-    WIDTH: tl.constexpr = 2 if GATED else 1
     if SUBTILES > 1:
         g0, g1 = halves(g)
         u0, u1 = halves(u)
-        store_act(g0, u0, p_out, p_h, n0, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2)
-        n1 = n0 + BN // 2
-        store_act(g1, u1, p_out, p_h, n1, N, m_m, STORE_H, FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2)
+        store_act(g0, u0, p_out, p_h, n0, N, m_m, STORE_H, ACT, SUBTILES // 2)
+        store_act(g1, u1, p_out, p_h, n0 + BN // 2, N, m_m, STORE_H, ACT, SUBTILES // 2)
     else:
         dtype = p_out.dtype.element_ty
         o_m = tl.arange(0, BM)[:, None]
         o_n = n0 + tl.arange(0, BN)
         m_out = m_m[:, None] & (o_n < N)[None, :]
         if STORE_H:
-            o_h = o_m * (WIDTH * N) + o_n[None, :]
-            tl.store(p_h + o_h, g.to(dtype), mask=m_out)
-            if GATED:
-                tl.store(p_h + N + o_h, u.to(dtype), mask=m_out)
-        act = act_forward(g, u, FN, GATED, ALPHA, LIMIT, UP_SHIFT)
-        tl.store(p_out + o_m * N + o_n[None, :], act.to(dtype), mask=m_out)
+            p_g, to_u = part_of_h(p_h, o_m, n0, N, ACT, BN)
+            tl.store(p_g, g.to(dtype), mask=m_out)
+            if ACT.gated:
+                tl.store(p_g + to_u, u.to(dtype), mask=m_out)
+        tl.store(p_out + o_m * N + o_n[None, :], act_forward(g, u, ACT).to(dtype), mask=m_out)
 
 
 @triton.jit
 def store_dact(
     v, p_out, p_h, p_dh, weight, n0, N, m_m,
-    STORE_OUT: tl.constexpr, STORE_DH: tl.constexpr,
-    FN: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
-    SUBTILES: tl.constexpr,
+    STORE_OUT: tl.constexpr, STORE_DH: tl.constexpr, ACT: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """dh = act'(h) * weight * v and out = weight * a; returns the rows' partial dweight = <v, a>.
 
-    p_out: [rows, N], p_h and p_dh: [rows, WIDTH * N], all at the first row; weight: [BM].
+    p_out: [rows, N], p_h and p_dh: [rows, G], all at the first row; weight: [BM].
     """
     BM: tl.constexpr = v.shape[0]
     BN: tl.constexpr = v.shape[1]
-    WIDTH: tl.constexpr = 2 if GATED else 1
     if SUBTILES > 1:
         v0, v1 = halves(v)
-        left = store_dact(
-            v0, p_out, p_h, p_dh, weight, n0, N, m_m, STORE_OUT, STORE_DH,
-            FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2,
-        )  # fmt: skip
-        right = store_dact(
-            v1, p_out, p_h, p_dh, weight, n0 + BN // 2, N, m_m, STORE_OUT, STORE_DH,
-            FN, GATED, ALPHA, LIMIT, UP_SHIFT, SUBTILES // 2,
-        )  # fmt: skip
+        n1 = n0 + BN // 2
+        left = store_dact(v0, p_out, p_h, p_dh, weight, n0, N, m_m, STORE_OUT, STORE_DH, ACT, SUBTILES // 2)
+        right = store_dact(v1, p_out, p_h, p_dh, weight, n1, N, m_m, STORE_OUT, STORE_DH, ACT, SUBTILES // 2)
         return left + right
     else:
         dtype = p_h.dtype.element_ty
         o_m = tl.arange(0, BM)[:, None]
         o_n = n0 + tl.arange(0, BN)
         m_out = m_m[:, None] & (o_n < N)[None, :]
-        o_h = o_m * (WIDTH * N) + o_n[None, :]
-        g = tl.load(p_h + o_h, mask=m_out, other=0.0).to(v.dtype)
+        p_g, to_u = part_of_h(p_h, o_m, n0, N, ACT, BN)
+        g = tl.load(p_g, mask=m_out, other=0.0).to(v.dtype)
         u = g
-        if GATED:
-            u = tl.load(p_h + N + o_h, mask=m_out, other=0.0).to(v.dtype)
-        act, dg, du = act_vjp(g, u, v * weight[:, None], FN, GATED, ALPHA, LIMIT, UP_SHIFT)
+        if ACT.gated:
+            u = tl.load(p_g + to_u, mask=m_out, other=0.0).to(v.dtype)
+        act, dg, du = act_vjp(g, u, v * weight[:, None], ACT)
         if STORE_OUT:
             tl.store(p_out + o_m * N + o_n[None, :], (act * weight[:, None]).to(dtype), mask=m_out)
         if STORE_DH:
-            tl.store(p_dh + o_h, dg.to(dtype), mask=m_out)
-            if GATED:
-                tl.store(p_dh + N + o_h, du.to(dtype), mask=m_out)
+            p_dg, to_du = part_of_h(p_dh, o_m, n0, N, ACT, BN)
+            tl.store(p_dg, dg.to(dtype), mask=m_out)
+            if ACT.gated:
+                tl.store(p_dg + to_du, du.to(dtype), mask=m_out)
         return tl.sum(tl.where(m_out, v * act, 0.0), 1)

@@ -81,7 +81,7 @@ def _load_w(
 def _mm_producer(
     a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, R: gl.constexpr,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
-    GATED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
+    ACT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
@@ -137,8 +137,8 @@ def _mm_producer(
             for j in gl.static_range(BN // SLICE):
                 mbarrier.wait(h_empty.index(h_slot), h_phase)
                 h_bar = h_full.index(h_slot)
-                mbarrier.expect(h_bar, (2 if GATED else 1) * BM * SLICE * 2)
-                for part in gl.static_range(2 if GATED else 1):
+                mbarrier.expect(h_bar, (2 if ACT.gated else 1) * BM * SLICE * 2)
+                for part in gl.static_range(2 if ACT.gated else 1):
                     h_part = h_s.index(2 * h_slot + part)
                     tma.async_copy_global_to_shared(h, [row0, part, n0 + j * SLICE], h_bar, h_part)
                 h_slot, h_phase = advance(h_slot, h_phase, H_SLOTS)
@@ -149,8 +149,7 @@ def _mm_producer(
 def _mm_consumer(
     out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging, N, K, num_rows,
     PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr, STORE_H: gl.constexpr,
-    STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, FN: gl.constexpr, GATED: gl.constexpr,
-    ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
+    STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     BUFFERS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
@@ -200,9 +199,9 @@ def _mm_consumer(
                 u = columns(acc, (PARTS - 1) * NUM + j, PARTS * NUM)
                 if STORE_H:
                     put(h, [r0, r1, r2, 0, n], g, staging, SIDE, STORES * j, BUFFERS)
-                    if GATED:
+                    if ACT.gated:
                         put(h, [r0, r1, r2, 1, n], u, staging, SIDE, STORES * j + 1, BUFFERS)
-                a = act_forward(g, u, FN, GATED, ALPHA, LIMIT, UP_SHIFT, FAST)
+                a = act_forward(g, u, ACT, FAST)
                 put(out, [r0, r1, r2, n], a, staging, SIDE, STORES * j + STORES - 1, BUFFERS)
         else:
             REGS: gl.constexpr = columns(acc, 0, BN // SLICE).type.layout
@@ -218,8 +217,8 @@ def _mm_consumer(
                 u_s = h_s.index(2 * h_slot + 1).slice(SIDE * ROWS, ROWS)
                 v = columns(acc, j, BN // SLICE)
                 g = g_s.load(REGS).to(gl.float32)
-                u = u_s.load(REGS).to(gl.float32) if GATED else g
-                a, dg, du = act_vjp(g, u, v * weight[:, None], FN, GATED, ALPHA, LIMIT, UP_SHIFT, FAST)
+                u = u_s.load(REGS).to(gl.float32) if ACT.gated else g
+                a, dg, du = act_vjp(g, u, v * weight[:, None], ACT, FAST)
                 dweight += gl.sum(v * a, 1)
                 # packed before the wait, which they live across
                 wa, dg, du = (a * weight[:, None]).to(h.dtype), dg.to(h.dtype), du.to(h.dtype)
@@ -233,14 +232,14 @@ def _mm_consumer(
                 if STORE_H:
                     # in place: a warp writes where it read
                     g_s.store(dg)
-                    if GATED:
+                    if ACT.gated:
                         u_s.store(du)
                 fence_async_shared()
                 if STORE_OUT:
                     tma.async_copy_shared_to_global(out, [r0, r1, r2, n], wa_s)
                 if STORE_H:
                     tma.async_copy_shared_to_global(dh, [r0, r1, r2, 0, n], g_s)
-                    if GATED:
+                    if ACT.gated:
                         tma.async_copy_shared_to_global(dh, [r0, r1, r2, 1, n], u_s)
                 h_slot, h_phase = advance(h_slot, h_phase, H_SLOTS)
             if STORE_DWEIGHT:
@@ -264,8 +263,7 @@ def _hopper_mm(
     p_schedule,  # [S, 3]
     stride_a, N, K, num_rows,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
-    STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr,
-    FN: gl.constexpr, GATED: gl.constexpr, ALPHA: gl.constexpr, LIMIT: gl.constexpr, UP_SHIFT: gl.constexpr,
+    STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
     PARTS: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     EVEN_K: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
@@ -291,12 +289,12 @@ def _hopper_mm(
         [
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
                             N, length, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT,
-                            FN, GATED, ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
+                            ACT, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
                             N, length, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT,
-                            FN, GATED, ALPHA, LIMIT, UP_SHIFT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
+                            ACT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
             (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
-                            R, TOP_K, GATHER, PARTS, KN, EPILOGUE, GATED, BM, BN, BK, GROUP, STAGES, EVEN_K)),
+                            R, TOP_K, GATHER, PARTS, KN, EPILOGUE, ACT, BM, BN, BK, GROUP, STAGES, EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
