@@ -146,7 +146,9 @@ _FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_
 
 
 def check_flags(module: Any) -> None:
-    """Raise FastexpertsError for a flag of the interface that is set and that this version does not know."""
+    """Raise FastexpertsError for a flag of the interface that this version does not know, or not under
+    tensor parallelism.
+    """
     for flag in _new_flags():
         if getattr(module, flag, False):
             raise refuse(
@@ -156,6 +158,21 @@ def check_flags(module: Any) -> None:
                 needs=f"False: it came with a newer transformers and is none of {', '.join(sorted(_FLAGS))}",
                 way_out=WAY_OUT,
             )
+    for flag, what in (("has_bias", "the down bias"), ("has_post_expert_norm", "the norm after each expert")):
+        if getattr(module, flag, False) and _is_tensor_parallel(module):
+            raise refuse(
+                type(module).__name__,
+                flag,
+                got="True under tensor parallelism",
+                needs=f"experts that are whole: each rank would apply {what}, before the sum over ranks",
+                way_out="Leave these experts out of tp_plan, as transformers does, or shard them by ep_size.",
+            )
+
+
+def _is_tensor_parallel(module: Any) -> bool:
+    """Whether ranks hold slices of the same experts, and transformers sums what they return."""
+    # transformers < 5.23 does not say which of the two sharded a module.
+    return getattr(module, "_is_hooked", False) and not getattr(module, "_is_expert_parallel", True)
 
 
 @functools.cache
