@@ -1,6 +1,6 @@
-"""One rank of a distributed test: `python distributed_process.py JOB FOLDER ARGUMENTS` (test_distributed.py).
+"""One rank of a distributed test: `python distributed_process.py FOLDER JOBS` (see test_distributed.py).
 
-Each job is a function here; what it returns goes to FOLDER/rank-N.pt, for the test to judge.
+JOBS are [function of this file, its keywords] in JSON; what they return goes to FOLDER/rank-N.pt.
 """
 
 import json
@@ -178,7 +178,7 @@ def adapters_over_sharded_experts(checkpoint, sizes):
 JOBS = (gradients, starved, trained_and_saved, with_accelerate, adapters_over_sharded_experts)
 
 if __name__ == "__main__":
-    job, folder, arguments = sys.argv[1:]
+    folder, jobs = sys.argv[1:]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "gloo",
@@ -188,8 +188,8 @@ if __name__ == "__main__":
         timeout=timedelta(seconds=60),
     )
     fastexperts.register()
-    run = {function.__name__: function for function in JOBS}[job]
-    results = [run(**keywords) for keywords in json.loads(arguments)]
+    functions = {function.__name__: function for function in JOBS}
+    results = [functions[job](**keywords) for job, keywords in json.loads(jobs)]
     torch.save(results, f"{folder}/rank-{rank}.pt")
     # a rank that leaves while another still talks, or that leaves its threads behind, aborts
     dist.barrier()

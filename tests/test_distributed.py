@@ -62,54 +62,52 @@ def registered():
 
 
 def test_a_model_sharded_over_two_ranks(checkpoints, tmp_path):
-    (ranks,) = run(ALL_TO_ALL, tmp_path, "gradients", {"checkpoint": checkpoints["qwen3_moe"]})
+    case = {"checkpoint": checkpoints["qwen3_moe"], "sizes": ALL_TO_ALL.sizes}
+    (ranks,) = run(2, tmp_path, ("gradients", case))
     assert_as_in_one_process(ranks, ALL_TO_ALL, checkpoints["qwen3_moe"], "qwen3_moe")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_loss_and_every_gradient_are_those_of_one_process(mode, checkpoints, tmp_path):
-    cases = ({"checkpoint": path} for path in checkpoints.values())
-    families = run(MODES[mode], tmp_path, "gradients", *cases)
-    for ranks, (family, path) in zip(families, checkpoints.items(), strict=True):
-        assert_as_in_one_process(ranks, MODES[mode], path, family)
+    cases = [
+        (family, {"checkpoint": path, "sizes": MODES[mode].sizes, "checkpointing": checkpointing})
+        for family, path in checkpoints.items()
+        for checkpointing in (False, True)
+    ]
+    results = run(MODES[mode].ranks, tmp_path, *(("gradients", case) for _, case in cases))
+    for ranks, (family, case) in zip(results, cases, strict=True):
+        assert_as_in_one_process(
+            ranks, MODES[mode], case["checkpoint"], family, forwards=1 + case["checkpointing"]
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["fsdp 2", "fsdp = ep = 2"])
-def test_checkpointing_changes_nothing(mode, checkpoints, tmp_path):
-    path = checkpoints["qwen3_moe"]
-    (ranks,) = run(MODES[mode], tmp_path, "gradients", {"checkpoint": path, "checkpointing": True})
-    assert_as_in_one_process(ranks, MODES[mode], path, "qwen3_moe", forwards=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ep = tp = 2, all-reduce", "fsdp = ep = 2"])
-def test_a_rank_whose_experts_get_no_token_keeps_up(mode, checkpoints, tmp_path):
+def test_a_rank_whose_experts_get_no_token_keeps_up(checkpoints, tmp_path):
     path = starve(checkpoints["deepseek_v3"], tmp_path)
-    (ranks,) = run(MODES[mode], tmp_path, "starved", {"checkpoint": path, "steps": 50})
-    busy, idle = ranks
-    assert all(difference > 0 for difference in busy["moved"].values())
-    assert set(idle["moved"].values()) == {0.0}
-    for call in idle["calls"]:
-        if "ep_implementation" in MODES[mode].sizes:
-            assert (call["ids"] == call["experts"]).all(), "sentinels alone"
-        else:
-            assert call["x"].shape[0] == 1, "the row that transformers makes up for an empty batch"
-            assert not call["x"].any()
-    losses = torch.tensor([rank["losses"] for rank in ranks], dtype=torch.float64).mean(0)
     wanted = torch.tensor(curve_of_one_process(path, 50), dtype=torch.float64)
     assert wanted[-1] < 0.5 * wanted[0], "it trains"
-    assert ((losses - wanted).abs() / wanted)[:10].max() <= 1e-5
-    assert losses.isfinite().all()
+    cases = ({"checkpoint": path, "sizes": mode.sizes, "steps": 50} for mode in (ALL_REDUCE, ALL_TO_ALL))
+    reduced, exchanged = run(2, tmp_path, *(("starved", case) for case in cases))
+    for busy, idle in (reduced, exchanged):
+        assert all(difference > 0 for difference in busy["moved"].values())
+        assert set(idle["moved"].values()) == {0.0}
+        losses = torch.tensor([busy["losses"], idle["losses"]], dtype=torch.float64).mean(0)
+        assert losses.isfinite().all()
+        assert ((losses - wanted).abs() / wanted)[:10].max() <= 1e-5
+    for call in reduced[1]["calls"]:
+        assert (call["ids"] == call["experts"]).all(), "sentinels alone"
+    for call in exchanged[1]["calls"]:
+        assert call["x"].shape[0] == 1, "the row that transformers makes up for an empty batch"
+        assert not call["x"].any()
 
 
 @pytest.mark.slow
 def test_saved_from_four_ranks_and_loaded_by_one(checkpoints, tmp_path):
     """And `enable` switches a model that is sharded already."""
     path, out, lr = checkpoints["qwen3_moe"], tmp_path / "out", 0.5
-    keywords = {"checkpoint": path, "out": str(out), "lr": lr}
-    (ranks,) = run(ON_FOUR, tmp_path, "trained_and_saved", keywords)
+    case = {"checkpoint": path, "sizes": ON_FOUR.sizes, "out": str(out), "lr": lr}
+    (ranks,) = run(4, tmp_path, ("trained_and_saved", case))
     ids = torch.load(Path(path) / "ids.pt")
     model = reference_model(path)
     before = model(ids).logits
@@ -134,8 +132,8 @@ def test_saved_from_four_ranks_and_loaded_by_one(checkpoints, tmp_path):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_model_that_accelerate_prepared(kind, checkpoints, tmp_path):
     path = checkpoints["qwen3_moe"]
-    cases = [{"checkpoint": path, "kind": kind, "adapters": adapters} for adapters in (False, True)]
-    full, lora = run(Mode(2, {}), tmp_path, "with_accelerate", *cases)
+    cases = ({"checkpoint": path, "kind": kind, "adapters": adapters} for adapters in (False, True))
+    full, lora = run(2, tmp_path, *(("with_accelerate", case) for case in cases))
     for ranks, model in ((full, reference_model(path)), (lora, adapted(reference_model(path)))):
         assert {rank["sharded"] for rank in ranks} == {kind == "fsdp2"}
         wanted = reference_of(model, torch.load(Path(path) / "ids.pt"))
@@ -144,18 +142,10 @@ def test_a_model_that_accelerate_prepared(kind, checkpoints, tmp_path):
 
 
 @pytest.mark.slow
-def test_adapters_over_experts_of_other_ranks_are_refused(checkpoints, tmp_path):
-    """PEFT makes factors for all experts, and a rank computes with its own."""
-    keywords = {"checkpoint": checkpoints["qwen3_moe"], "sizes": ALL_TO_ALL.sizes}
-    (ranks,) = run(ALL_TO_ALL, tmp_path, "adapters_over_sharded_experts", keywords)
-    for rank in ranks:
-        assert "got an adapter of 8 experts, 4 of which are on this rank" in rank["refusal"]
-        assert "without expert parallelism" in rank["refusal"]
-
-
-@pytest.mark.slow
-def test_biased_experts_in_slices_are_refused(checkpoints, tmp_path):
-    """With this plan transformers' own eager adds the down bias on both ranks: logits are 17 % off."""
+def test_what_would_be_wrong_is_refused(checkpoints, tmp_path):
+    """Adapters over experts of other ranks (PEFT makes factors for all), and biased experts under a plan with
+    which transformers' own eager adds the down bias on both ranks: its logits are 17 % off.
+    """
     experts = "model.layers.*.mlp.experts"
     plan = {
         experts: "moe_tp_experts",
@@ -163,9 +153,14 @@ def test_biased_experts_in_slices_are_refused(checkpoints, tmp_path):
         f"{experts}.gate_up_proj_bias": "rowwise",
         f"{experts}.down_proj": "colwise",  # [E, F, D]
     }
-    mode = Mode(2, {"tp_size": 2, "tp_plan": plan, "ep_size": 1})
-    (ranks,) = run(mode, tmp_path, "gradients", {"checkpoint": checkpoints["gpt_oss"]})
-    for rank in ranks:
+    adapter = {"checkpoint": checkpoints["qwen3_moe"], "sizes": ALL_TO_ALL.sizes}
+    biased = {"checkpoint": checkpoints["gpt_oss"], "sizes": {"tp_size": 2, "tp_plan": plan}}
+    cases = (("adapters_over_sharded_experts", adapter), ("gradients", biased))
+    adapters, biases = run(2, tmp_path, *cases)
+    for rank in adapters:
+        assert "got an adapter of 8 experts, 4 of which are on this rank" in rank["refusal"]
+        assert "without expert parallelism" in rank["refusal"]
+    for rank in biases:
         assert "`has_bias` got True under tensor parallelism" in rank["refusal"]
         assert "out of tp_plan" in rank["refusal"]
 
@@ -182,21 +177,20 @@ def checkpoints(tmp_path_factory):
     return paths
 
 
-def run(mode, folder, job, *arguments, seconds=150):
-    """A list per element of `arguments`: what the job returned for it, of each rank in turn."""
+def run(ranks, folder, *jobs, seconds=150):
+    """What each of `jobs`, (function of distributed_process.py, keywords), returned on each of the ranks."""
     known = {field.name for field in fields(DistributedConfig)}
-    if not known >= mode.sizes.keys():
-        pytest.skip(f"this transformers' DistributedConfig has no {sorted(mode.sizes.keys() - known)}")
-    if job in {"gradients", "starved", "trained_and_saved"}:
-        arguments = [{**keywords, "sizes": mode.sizes} for keywords in arguments]
+    unknown = {size for _, keywords in jobs for size in keywords.get("sizes", ()) if size not in known}
+    if unknown:
+        pytest.skip(f"this transformers' DistributedConfig has no {', '.join(sorted(unknown))}")
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "WORLD_SIZE": str(mode.ranks),
+        "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "localhost",  # accelerate asks for it; the ranks meet in a file
     }
-    command = [sys.executable, str(PROCESS), job, str(folder), json.dumps(arguments)]
-    logs = [folder / f"rank-{rank}.log" for rank in range(mode.ranks)]
+    command = [sys.executable, str(PROCESS), str(folder), json.dumps(jobs)]
+    logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as file:
@@ -208,7 +202,7 @@ def run(mode, folder, job, *arguments, seconds=150):
         for process in processes:
             process.kill()
             process.wait()
-    results = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(mode.ranks)]
+    results = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(ranks)]
     return list(zip(*results, strict=True))
 
 
