@@ -29,6 +29,8 @@ FAMILIES = {"qwen3_moe": 2, "deepseek_v3": 1, "gpt_oss": 2}  # layers with exper
 EXPERTS, INTERMEDIATE = 8, 16
 VOCABULARY = 96  # transformers 5.17 wants one that the ranks divide
 
+SIZES = {field.name for field in fields(DistributedConfig)}
+
 
 class Mode(NamedTuple):
     """`ranks` processes under DistributedConfig(**sizes); each has `experts` experts of `intermediate`."""
@@ -41,6 +43,10 @@ class Mode(NamedTuple):
 
 TP2 = Mode(2, {"tp_size": 2}, intermediate=INTERMEDIATE // 2)
 ALL_REDUCE = Mode(2, {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"}, experts=EXPERTS // 2)
+if (
+    "ep_size" not in SIZES
+):  # transformers 5.17 has this kind of expert parallelism alone, and another name for it
+    ALL_REDUCE = ALL_REDUCE._replace(sizes={"tp_size": 2, "enable_expert_parallel": True})
 ALL_TO_ALL = Mode(2, {"fsdp_size": 2, "ep_size": 2}, experts=EXPERTS // 2)
 ON_FOUR = Mode(4, {"fsdp_size": 4, "ep_size": 4}, experts=EXPERTS // 4)
 MODES = {
@@ -179,8 +185,7 @@ def checkpoints(tmp_path_factory):
 
 def run(ranks, folder, *jobs, seconds=150):
     """What each of `jobs`, (function of distributed_process.py, keywords), returned on each of the ranks."""
-    known = {field.name for field in fields(DistributedConfig)}
-    unknown = {size for _, keywords in jobs for size in keywords.get("sizes", ()) if size not in known}
+    unknown = {size for _, keywords in jobs for size in keywords.get("sizes", ()) if size not in SIZES}
     if unknown:
         pytest.skip(f"this transformers' DistributedConfig has no {', '.join(sorted(unknown))}")
     environment = os.environ | {
