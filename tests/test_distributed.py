@@ -43,9 +43,7 @@ class Mode(NamedTuple):
 
 TP2 = Mode(2, {"tp_size": 2}, intermediate=INTERMEDIATE // 2)
 ALL_REDUCE = Mode(2, {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"}, experts=EXPERTS // 2)
-if (
-    "ep_size" not in SIZES
-):  # transformers 5.17 has this expert parallelism alone, under another name
+if "ep_size" not in SIZES:  # transformers 5.17 has this expert parallelism alone, under another name
     ALL_REDUCE = ALL_REDUCE._replace(sizes={"tp_size": 2, "enable_expert_parallel": True})
 ALL_TO_ALL = Mode(2, {"fsdp_size": 2, "ep_size": 2}, experts=EXPERTS // 2)
 ON_FOUR = Mode(4, {"fsdp_size": 4, "ep_size": 4}, experts=EXPERTS // 4)
