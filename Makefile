@@ -22,10 +22,10 @@ endif
 # Two workers with one thread each: threads that compete for the same two cores are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: help venv demo test test-all mutants fix wheel clean
+.PHONY: help venv demo test test-all support mutants fix wheel clean
 
 help:
-	@echo "make demo | test | test-all | mutants | fix | wheel | clean   (CONTRIBUTING.md says what each does)"
+	@echo "make demo | test | test-all | support | mutants | fix | wheel | clean   (CONTRIBUTING.md says what each does)"
 
 venv: .venv/.installed
 
@@ -48,6 +48,12 @@ test: venv
 
 test-all: venv
 	$(PYTEST)
+
+# xunit1: what a test records has no place in the later format. Failing tests are cells of the page as well.
+support: venv
+	rm -f .venv/support.xml
+	-$(PYTEST) $(wildcard tests/test_families.py tests/test_distributed.py) -o junit_family=xunit1 --junitxml=.venv/support.xml
+	$(BIN)/python tests/support_matrix.py .venv/support.xml
 
 mutants: venv
 	$(BIN)/python tests/mutants.py

@@ -18,6 +18,7 @@ from results import (
     DEFAULT,
     OURS,
     Breakdown,
+    FamilyRow,
     Record,
     Row,
     breakdown_of,
@@ -30,7 +31,7 @@ from tables import environment_line, table
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-KINDS = {"rows", "compile", "lora", "lora_model"}  # a record has one of these keys
+KINDS = {"rows", "compile", "families", "lora", "lora_model"}  # a record has one of these keys
 
 DEFINITIONS = """\
 - **FLOPs**: 6 T K D F forward, 18 T K D F forward + backward: T tokens, K experts of each, D model dim, F
@@ -240,6 +241,29 @@ After that first step, in the same process:
 {later}"""
 
 
+def families_section(record: Record) -> str:
+    rows = [FamilyRow(**row) for row in record["families"]["rows"]]
+    lines = [
+        [
+            row.family,
+            row.tokens,
+            f"{row.forward_tflops:.0f} / {row.step_tflops:.0f}",
+            f"{row.plain_forward_tflops:.0f} / {row.plain_step_tflops:.0f}",
+            "**{:.2f} / {:.2f}**".format(*row.shares),
+        ]
+        for row in rows
+    ]
+    heads = ["shape", "T", "as the family stores and gates, TF/s", "plain SwiGLU, TF/s", "of plain"]
+    return f"""\
+{environment_line(record)}.
+
+Our layer with each family's gate, biases and layout beside our layer as SwiGLU in the canonical layout, the
+same run; bf16, balanced routing, forward / forward + backward with all gradients. TF/s count each layer's own
+matrix products.
+
+{table(heads, lines)}"""
+
+
 def page(records: dict[str, Record]) -> str:
     """docs/benchmarks.md, of the results that are there."""
     text = (
@@ -267,6 +291,9 @@ def page(records: dict[str, Record]) -> str:
     for record in records.values():
         if "compile" in record:
             text += f"\n## Compilation\n\n{compile_section(record)}"
+    for record in records.values():
+        if "families" in record:
+            text += f"\n## Experts that are not plain SwiGLU\n\n{families_section(record)}"
     for record in records.values():
         if "lora" in record:
             text += f"\n## LoRA of frozen experts\n\n{lora_section(record)}"

@@ -73,6 +73,23 @@ class LoraRow(Row):
 
 
 @dataclass(frozen=True)
+class FamilyRow:
+    """Of one family: TF/s of its matrix products and of the plain layer's."""
+
+    family: str
+    tokens: int
+    forward_tflops: float
+    step_tflops: float
+    plain_forward_tflops: float
+    plain_step_tflops: float
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """(forward, forward + backward) of the plain layer's speed."""
+        return self.forward_tflops / self.plain_forward_tflops, self.step_tflops / self.plain_step_tflops
+
+
+@dataclass(frozen=True)
 class PassRow:
     """One step of our layer alone. `dense_ms`: the dense product of the same FLOPs, None without products."""
 

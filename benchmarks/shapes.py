@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,37 @@ SHAPES = {
         Shape("olmoe", 2048, 1024, 64, 8),
         Shape("deepseek-v3-e32", 7168, 2048, 32, 8),
         Shape("mixtral", 4096, 14336, 8, 2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Special:
+    """A layer whose experts are not plain SwiGLU, or not stored as most are. activation: a name in
+    fastexperts.ACTIVATIONS; stored: transposed, gate and up in turn, as gpt_oss.
+    """
+
+    shape: Shape
+    activation: str = "swiglu"
+    limit: float = math.inf
+    stored: bool = False
+    bias: bool = False
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.activation == "relu2" else 2
+
+
+SPECIALS = {
+    special.shape.name: special
+    for special in (
+        Special(Shape("gpt-oss-20b", 2880, 2880, 32, 4), "gpt_oss", 7.0, stored=True, bias=True),
+        Special(Shape("gpt-oss-120b", 2880, 2880, 128, 4), "gpt_oss", 7.0, stored=True, bias=True),
+        Special(Shape("qwen3-next-80b", 2048, 512, 512, 10)),
+        Special(Shape("deepseek-v4", 4096, 2048, 256, 6), limit=10.0),
+        Special(Shape("gemma4-26b", 2816, 704, 128, 8), "geglu_tanh"),
+        Special(Shape("nemotron-3-nano", 2688, 1856, 128, 6), "relu2"),
+        Special(Shape("minimax-m2", 3072, 1536, 256, 8)),
     )
 }
 

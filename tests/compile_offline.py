@@ -1,9 +1,9 @@
 """Run by test_offline.py without the interpreter: compile every pass for one architecture, print what came.
 
-    python compile_offline.py ARCH DTYPE WEIGHT_DTYPE PATH ACTIVATION RANK
+    python compile_offline.py ARCH DTYPE WEIGHT_DTYPE PATH ACTIVATION RANK [stored]
 
 PATH: pointers, descriptors, or ring (the kernels for Hopper). RANK: of updates of both projections, whose
-gradients then replace those of the weights; 0 for none.
+gradients then replace those of the weights; 0 for none. stored: experts as gpt_oss stores them.
 
 One JSON object a line: kernel, spilled bytes, registers, shared memory, counts of instructions in the PTX.
 """
@@ -28,9 +28,15 @@ TOKENS, TOP_K, EXPERTS, DIM_D, DIM_F = 64, 8, 8, 2048, 768
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg")
 
 
-def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block_m: int) -> None:
-    """One forward and backward with all gradients; zeros, since nothing runs."""
-    act = replace(ACTIVATIONS[name], interleaved=name == "gpt_oss")
+def launch_every_pass(
+    dtype: torch.dtype, weights: torch.dtype, name: str, block_m: int, stored: bool
+) -> None:
+    """One forward and backward with all gradients; zeros, since nothing runs. stored: as gpt_oss stores its
+    experts, gate and up in turn, transposed, with biases.
+    """
+    act = ACTIVATIONS[name]
+    if stored:
+        act = replace(act, interleaved=True)
     ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64)
     routing = kernels.route(ids, EXPERTS, block_m)
     x = torch.zeros(TOKENS, DIM_D, dtype=dtype)
@@ -38,7 +44,7 @@ def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block
     w1 = torch.zeros(EXPERTS, act.parts * DIM_F, DIM_D, dtype=dtype)
     w2 = torch.zeros(EXPERTS, DIM_D, DIM_F, dtype=dtype)
     bias1 = bias2 = None
-    if act.interleaved:  # as gpt_oss stores them: transposed, with biases
+    if stored:
         w1, w2 = (torch.empty_like(w.mT, memory_format=torch.contiguous_format).mT for w in (w1, w2))
         bias1, bias2 = w1[:, :, 0].contiguous(), w2[:, :, 0].contiguous()
     h, a = kernels.up(x, w1, bias1, routing, act, True)
@@ -49,7 +55,7 @@ def launch_every_pass(dtype: torch.dtype, weights: torch.dtype, name: str, block
     kernels.combine(kernels.dx(dh, w1, routing), None, routing, dtype)
     kernels.dw(dh, x, routing, w1.to(weights), tokens="right")
     kernels.dw(x, wa, routing, w2.to(weights), tokens="left")
-    if act.interleaved:
+    if stored:
         kernels.db(dh, None, routing, bias1)
         kernels.db(x, weight, routing, bias2)
 
@@ -100,7 +106,7 @@ def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:
 
 
 def main() -> None:
-    arch, dtype, weights, path, activation, rank = sys.argv[1:]
+    arch, dtype, weights, path, activation, rank, *stored = sys.argv[1:]
     os.environ["FASTEXPERTS_TMA"] = "0" if path == "pointers" else "1"
     ptxas = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
     with offline(int(arch), path == "ring") as compiled:
@@ -111,7 +117,7 @@ def main() -> None:
         if int(rank):
             launch_every_pass_with_updates(dtype, activation, block_m, int(rank))
         else:
-            launch_every_pass(dtype, getattr(torch, weights), activation, block_m)
+            launch_every_pass(dtype, getattr(torch, weights), activation, block_m, bool(stored))
     for name, kernel in compiled:
         print(json.dumps({"kernel": name, **verdict(kernel, int(arch), ptxas)}))
 

@@ -122,12 +122,6 @@ MUTANTS = (
         "u, g = acc.reshape(BM, BN, 2).split()",
     ),
     Mutant(
-        "mm: W stored by columns is read by rows",
-        "kernels/grouped_mm.py",
-        "kn = w_EC__.stride(3) != 1 and w_EC__.stride(2) == 1",
-        "kn = name in ('dh', 'dx')",
-    ),
-    Mutant(
         "dh: the weight of another pair",
         "kernels/grouped_mm.py",
         "p_weight + pair, mask",
@@ -260,6 +254,12 @@ MUTANTS = (
         "_, slope = _capped(u, ACT.up_cap, FAST)",
     ),
     Mutant(
+        "weigh: the weight of another pair",
+        "kernels/combine.py",
+        "tl.load(p_weight + pair, mask=pair >= 0, other=0.0)",
+        "tl.load(p_weight + o_p, mask=pair >= 0, other=0.0)",
+    ),
+    Mutant(
         "db: the last rows are left out",
         "kernels/sum_rows.py",
         "end = tl.load(p_offsets + i_e + 1)",
@@ -300,8 +300,8 @@ MUTANTS = (
     Mutant(
         "activation: alternating columns are ignored",
         "activations.py",
-        "        if self.interleaved:\n            return h_PG[..., ::2]",
-        "        if False:\n            return h_PG[..., ::2]",
+        "return h_PG[..., ::2], h_PG[..., 1::2]",
+        "return h_PG.chunk(2, dim=-1)",
     ),
 )
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read by torch when it first allocates
 
 import torch
-from support import Case, Inputs, assert_close, build, run_moe_mlp, run_reference
+from support import Case, assert_close, build, run_moe_mlp, run_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIMS = (128, 256)  # several column blocks of small tiles, whole steps of K
@@ -38,12 +38,12 @@ CASES = (
     Case(tokens=64, experts=64, dims=DIMS, dtype=BF16, frozen="all but w1"),
     Case(tokens=256, experts=8, dims=DIMS, dtype=BF16, routing="zipf", tma=False),
     Case(tokens=33, experts=8, dims=DIMS, dtype=BF16, routing="sentinels", tma=False),
-    Case(tokens=133, experts=7, dims=RAGGED, dtype=BF16),
+    Case(133, 7, 2, RAGGED, layout="transposed and interleaved", activation="gpt_oss", dtype=BF16, bias=True),
     Case(tokens=133, experts=7, dims=RAGGED, dtype=BF16, routing="zipf", tma=False),
     Case(tokens=133, experts=7, dims=RAGGED, dtype=BF16, routing="sentinels", layout="strided x"),
     Case(tokens=133, experts=7, dims=RAGGED, dtype=BF16, activation="relu2"),
     Case(tokens=65, experts=5, dims=ODD, dtype=BF16, routing="zipf"),
-    Case(tokens=133, experts=7, dims=RAGGED, dtype=FP16, routing="one empty"),
+    Case(tokens=133, experts=7, dims=RAGGED, dtype=FP16, routing="one empty", bias=True),
     Case(tokens=65, experts=7, dims=RAGGED, dtype=FP32, routing="sentinels"),
     Case(tokens=65, experts=5, dims=ODD, dtype=FP32, activation="relu2"),
 )
@@ -53,8 +53,7 @@ def check(case: Case, device: str) -> None:
     """Our layer on `device` by the error rule against the loop on the CPU: output and gradients."""
     os.environ["FASTEXPERTS_TMA"] = str(int(case.tma))
     inputs = build(case)
-    there = Inputs(**{name: tensor.to(device) for name, tensor in vars(inputs).items()})
-    out = {name: tensor.cpu() for name, tensor in run_moe_mlp(case, there).items()}
+    out = {name: tensor.cpu() for name, tensor in run_moe_mlp(case, inputs.to(device)).items()}
     eager, ref = run_reference(case, inputs), run_reference(case, inputs.double())
     assert out.keys() == ref.keys()
     for name, value in out.items():

@@ -163,6 +163,10 @@ class Inputs:
     b1: Tensor | None = None
     b2: Tensor | None = None
 
+    def to(self, device: str) -> Inputs:
+        there = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return Inputs(**there)
+
     def double(self) -> Inputs:
         floats = {
             name: value.double() for name, value in vars(self).items() if name != "ids" and value is not None
@@ -272,9 +276,8 @@ def run_moe_mlp(case: Case, inputs: Inputs) -> dict[str, Tensor]:
     grads = torch.autograd.grad(out, [leaves[name] for name in case.asked], inputs.dout)
     for name, grad in zip(case.asked, grads, strict=True):
         assert grad.dtype == leaves[name].dtype
-        if name in ("w1", "w2"):
-            grad = replace(w1, w=grad, bias=None).out_in
-        result["d" + name] = gates_first(grad) if turned and name in ("w1", "b1") else grad
+        canonical = Weight(grad, w1.transposed).out_in if name in ("w1", "w2") else grad
+        result["d" + name] = gates_first(canonical) if turned and name in ("w1", "b1") else canonical
     return result
 
 

@@ -96,9 +96,13 @@ def tiny_model(family: str, implementation: str, seed: int = 0, **overrides: Any
 
 @torch.no_grad()
 def rescale(model: nn.Module, seed: int = 0) -> None:
-    """Draw the weights so that every linear map keeps N(0, 1): transformers' 0.02 hides everything."""
+    """Draw the weights so that every linear map keeps N(0, 1): transformers' 0.02 hides everything.
+
+    Of the buffers a router's bias alone: the others are tables that the model computes.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    buffers = [(name, tensor) for name, tensor in model.named_buffers() if tensor.dim() < 2]
+    for name, tensor in [*model.named_parameters(), *buffers]:
         if tensor.dim() >= 2:
             scale = 1.0 if "embed_tokens" in name else tensor.shape[-1] ** -0.5
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
@@ -179,6 +183,12 @@ def toy_experts(
             for parameter, dims, fan_in in ((name, up, hidden), ("down_proj", down, intermediate)):
                 value = torch.randn(experts, *dims) * fan_in**-0.5
                 self.register_parameter(parameter, nn.Parameter(value))
+                if flags.get("has_bias"):
+                    bias = torch.randn(experts, dims[-1] if transposed else dims[0])
+                    self.register_parameter(parameter + "_bias", nn.Parameter(bias))
+            if flags.get("has_post_expert_norm"):
+                self.post_expert_norm = nn.RMSNorm(hidden)
+                nn.init.normal_(self.post_expert_norm.weight)
             self.act_fn = nn.SiLU() if act_fn is None else act_fn
             for key, value in (values or {}).items():
                 setattr(self, key, value)

@@ -38,6 +38,7 @@ def arguments(case=CASE):
         "shrink": (x, w1[:, :5], routing, True),
         "dw": (dout, wa, routing, inputs.w2, "left"),
         "db": (dout, weight, routing, inputs.b2),
+        "weigh": (y, weight, routing),
     }
 
 
@@ -90,7 +91,7 @@ def extras(grad):
     return [extra.requires_grad_(grad) for extra in (inputs.b1, inputs.b2, *strided)]
 
 
-@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "shrink", "dw", "db"])
+@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "shrink", "dw", "db", "weigh"])
 def test_backends_agree(primitive, monkeypatch):
     """Row by row, so that a fault names its primitive; the whole is held to fp64 in test_moe_cases."""
     use_interpreter(monkeypatch)

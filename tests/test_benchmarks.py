@@ -15,6 +15,7 @@ from test_offline import GEMMS, OTHERS, RING
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import families
 import layer
 import passes
 import peers
@@ -271,6 +272,25 @@ def test_layer_from_arguments_to_page(fake_card, monkeypatch, tmp_path):
     )
     assert [row.name for row in results.breakdown_of(found).passes][:3] == ["route", "up", "down"]
     assert "### Where its time is" in report.page({"layer.tiny": found})
+
+
+def test_families_from_arguments_to_page(fake_card, monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    tiny = {
+        name: replace(special, shape=shapes.Shape(name, 48, 32, 4, 2))
+        for name, special in shapes.SPECIALS.items()
+    }
+    monkeypatch.setattr(families, "SPECIALS", tiny)
+    monkeypatch.setattr(families, "DEVICE", "cpu")
+    monkeypatch.setattr(families, "take_turns", functools.partial(timing.take_turns, warmup_ms=0.1))
+    output = tmp_path / "families"
+    monkeypatch.setattr(sys, "argv", ["families.py", "--tokens", "20", "--output", str(output)])
+    families.main()
+    found = json.loads((tmp_path / "families.json").read_text())
+    rows = [results.FamilyRow(**row) for row in found["families"]["rows"]]
+    assert [row.family for row in rows] == list(shapes.SPECIALS)
+    text = report.page({"families": found})
+    assert all(f"| {row.family} | 20 | " in text for row in rows)
 
 
 def test_what_does_not_fit_is_named(fake_card, monkeypatch, tmp_path):

@@ -1,17 +1,15 @@
 """The Triton kernels on a GPU at the shapes of real models: error rule, graphs, determinism."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from spies import spy_backend, spy_operands
-from support import Error, load_benchmark
-from torch import Tensor
+from support_gpu import Inputs, build, check, equal, ours, shapes
 
-from fastexperts import ACTIVATIONS, moe_mlp, moe_mlp_reference
+from fastexperts import ACTIVATIONS, moe_mlp
 
 pytestmark = pytest.mark.gpu
-shapes = load_benchmark("shapes")
 
 FAMILIES = ("qwen3-30b", "deepseek-v3-e32", "ernie4.5-21b", "glm4.5-air", "dots1")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,95 +18,12 @@ SMALL = shapes.Shape("small", 512, 256, 16, 4)
 NAMES = ("out", "dx", "dweight", "dw1", "dw2")
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one call; routing weights are fp32, as routers give them."""
-
-    x: Tensor
-    ids: Tensor
-    weight: Tensor
-    w1: Tensor
-    w2: Tensor
-    dout: Tensor
-    activation: str = "swiglu"
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        return self.x, self.weight, self.w1, self.w2
-
-
 @pytest.fixture(autouse=True)
 def exact_fp32():
     """The eager loop is what it says: no TF32."""
     assert not torch.backends.cuda.matmul.allow_tf32
     yield
     torch.cuda.empty_cache()
-
-
-def build(shape, tokens, kind="balanced", dtype=torch.bfloat16, weights=None, seed=0) -> Inputs:
-    """Pre-activations, v and each expert's outputs are about N(0, 1)."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    d, f = shape.dim_d, shape.dim_f
-
-    def normal(*dims: int, of: torch.dtype, scale: float = 1.0) -> Tensor:
-        return torch.randn(*dims, generator=generator, device="cuda", dtype=of).mul_(scale)
-
-    ids, weight = shapes.routing(shape, tokens, kind, "cuda", seed)
-    return Inputs(
-        x=normal(tokens, d, of=dtype),
-        ids=ids,
-        weight=weight,
-        w1=normal(shape.experts, 2 * f, d, of=weights or dtype, scale=d**-0.5),
-        w2=normal(shape.experts, d, f, of=weights or dtype, scale=f**-0.5),
-        dout=normal(tokens, d, of=dtype),
-    )
-
-
-def ours(inputs: Inputs, function=moe_mlp, **options) -> dict[str, Tensor]:
-    x, weight, w1, w2 = leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves]
-    out = function(x, inputs.ids, weight, w1, w2, activation=inputs.activation, **options)
-    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, inputs.dout)), strict=True))
-
-
-class Loop:
-    """The loop reference run expert by expert in one dtype, so that at most one expert is ever in fp64."""
-
-    def __init__(self, inputs: Inputs, dtype: torch.dtype | None) -> None:
-        self.inputs, self.dtype = inputs, dtype
-        self.x, self.weight = (self._leaf(leaf) for leaf in (inputs.x, inputs.weight))
-        self.out = torch.zeros_like(self.x)
-
-    def _leaf(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.dtype or tensor.dtype, copy=True).requires_grad_()
-
-    def expert(self, e: int) -> tuple[Tensor, Tensor]:
-        """(dw1, dw2) of expert `e`; adds its part to out and to the gradients of x and weight."""
-        w1, w2 = (self._leaf(w[e : e + 1]) for w in (self.inputs.w1, self.inputs.w2))
-        ids = torch.where(self.inputs.ids == e, 0, -1)
-        out = moe_mlp_reference(self.x, ids, self.weight, w1, w2, activation=self.inputs.activation)
-        out.backward(self.inputs.dout.to(out.dtype))
-        self.out = self.out.detach() + out.detach()
-        return w1.grad, w2.grad
-
-
-def check(inputs: Inputs, out: dict[str, Tensor], dtype: torch.dtype, *, autocast: bool = False) -> None:
-    """Every tensor of `out` by the rule of numerics.md."""
-    eager, ref = Loop(inputs, None), Loop(inputs, torch.float64)
-    errors = {name: Error(name, dtype) for name in NAMES}
-    for e in range(inputs.w1.shape[0]):
-        with torch.autocast("cuda", dtype=dtype, enabled=autocast):
-            dw_eager = eager.expert(e)
-        for name, of_eager, of_ref in zip(("dw1", "dw2"), dw_eager, ref.expert(e), strict=True):
-            errors[name].add(out[name][e : e + 1], of_eager, of_ref)
-    errors["out"].add(out["out"], eager.out, ref.out)
-    errors["dx"].add(out["dx"], eager.x.grad, ref.x.grad)
-    errors["dweight"].add(out["dweight"], eager.weight.grad, ref.weight.grad)
-    for error in errors.values():
-        error.check()
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,7 +75,7 @@ def test_every_activation_in_dims_that_are_no_multiple_of_a_block(activation, dt
 def test_what_is_frozen_changes_nothing_else(asked):
     inputs = build(SMALL, 1000, "skewed")
     whole = ours(inputs)
-    leaves = dict(zip(("x", "weight", "w1", "w2"), (leaf.detach() for leaf in inputs.leaves), strict=True))
+    leaves = {name: leaf.detach() for name, leaf in inputs.leaves.items()}
     for name in asked:
         leaves[name].requires_grad_()
     out = moe_mlp(leaves["x"], inputs.ids, leaves["weight"], leaves["w1"], leaves["w2"])
@@ -268,7 +183,7 @@ def test_nothing_is_kept_but_x_and_h():
     """Between the passes: h, a, the routing, and no copy of a weight."""
     shape = shapes.SHAPES["qwen3-30b"]
     inputs = build(shape, 1000)
-    leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves]
+    leaves = [leaf.detach().requires_grad_() for leaf in inputs.leaves.values()]
     ours(inputs)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -31,7 +31,7 @@ def test_twenty_small_and_varied():
     assert all(case.tokens <= 256 and max(case.dims) <= 256 for case in sanitize.CASES)
     assert {case.dtype for case in sanitize.CASES} == {torch.bfloat16, torch.float16, torch.float32}
     assert {case.act.parts for case in sanitize.CASES} == {1, 2}
-    assert {case.tma for case in sanitize.CASES} == {True, False}
+    assert {case.tma for case in sanitize.CASES} == {case.bias for case in sanitize.CASES} == {True, False}
     needed = {"zipf", "one expert", "one empty", "sentinels", "all sentinels"}
     assert needed <= {case.routing for case in sanitize.CASES}
     assert min(case.tokens for case in sanitize.CASES) == 1

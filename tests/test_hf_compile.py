@@ -21,7 +21,7 @@ def clamped(self, gate_up):
     return self.act_fn(gate.clamp(max=self.limit)) * up.clamp(-self.limit, self.limit)
 
 
-def test_a_compiled_forward_is_our_op_and_views():
+def test_a_compiled_forward_is_our_op():
     graphs = []
 
     def keep(graph, example_inputs):
@@ -33,7 +33,7 @@ def test_a_compiled_forward_is_our_op_and_views():
         torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(*layer_inputs(module))
     (targets,) = graphs
     names = {str(target) for target in targets if "getitem" not in str(target)}
-    assert names == {"fastexperts.moe_mlp.default", "aten.view.default"}
+    assert names == {"fastexperts.moe_mlp.default"}
 
 
 @pytest.mark.parametrize("enabled_first", [False, True])

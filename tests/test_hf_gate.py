@@ -42,6 +42,12 @@ def scaled_interleaved(self, gate_up):
     return scaled(self, torch.cat([gate_up[..., ::2], gate_up[..., 1::2]], dim=-1))
 
 
+def softcapped(self, gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    linear = self.gate_softcap * torch.tanh(gate / self.gate_softcap)
+    return linear * torch.sigmoid(gate) * self.up_softcap * torch.tanh(up / self.up_softcap)
+
+
 def in_fp32(self, gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return (self.act_fn(gate.float()) * up.float()).to(gate.dtype)
@@ -71,7 +77,11 @@ def in_fp32(self, gate_up):
             lambda: toy_experts(
                 gate=scaled_interleaved, is_concatenated=False, values={"limit": 7.0, "alpha": 1.702}
             ),
-            GPT_OSS,
+            replace(GPT_OSS, interleaved=True),
+        ),
+        (
+            lambda: toy_experts(gate=softcapped, values={"gate_softcap": 3.0, "up_softcap": 5.0}),
+            replace(SWIGLU, gate_cap=3.0, up_cap=5.0),
         ),
     ],
 )

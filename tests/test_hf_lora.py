@@ -314,3 +314,11 @@ def test_adapters_go_to_stock_peft_and_come_from_it(beside_stock, family):
     assert ops.names.count("aten::baddbmm") == 0
     assert relative(got, stock["logits of stock"]) <= 1e-5
     assert relative(logits(tiny_model(family, "eager")), got) > 1e-2, "the adapter does something"
+
+
+def test_a_model_that_does_not_generate_is_wrapped_all_the_same():
+    """PEFT's wrapper of a causal model asks for what others do not have."""
+    model = tiny_model("qwen3_moe", "eager").model
+    config = fastexperts.lora_config(model, r=2, verbose=False)
+    assert config.task_type is None
+    assert get_peft_model(model, config)(tokens()).last_hidden_state.isfinite().all()

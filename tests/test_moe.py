@@ -54,7 +54,8 @@ def test_nothing_is_computed_that_nobody_asked_for(frozen, backend):
     asked = set(case.asked)
     assert ran.count("dh") == bool(asked)
     assert ran.count("dx") == ("x" in asked)
-    assert (ran.count("dw1"), ran.count("dw2")) == ("w1" in asked, "w2" in asked)
+    assert ran.count("dw") == ("w1" in asked) + ("w2" in asked)
+    assert ran.count("db") == 0, "there are no biases"
     ours = [name for name in dispatched.names if name.startswith("fastexperts::")]
     assert ours == ["fastexperts::moe_mlp", *["fastexperts::moe_mlp_backward"] * bool(asked)]
 

@@ -16,7 +16,7 @@ CASES = (
     Case(33, 4, 2, (48, 80), layout="transposed and interleaved", activation="gpt_oss clamped", bias=True),
     Case(tokens=33, experts=4, dims=(32, 16), layout="transposed weights", activation="swiglu capped"),
     Case(tokens=70, experts=2, dims=(32, 16), layout="column-major x", routing="zipf"),
-    Case(tokens=150, experts=2, top_k=2, dims=(32, 16), activation="relu2", routing="duplicates"),
+    Case(tokens=150, experts=2, top_k=2, dims=(32, 48), activation="relu2", routing="duplicates"),
 )
 
 

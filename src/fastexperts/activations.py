@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -127,8 +127,8 @@ class Activation:
     @property
     def params(self) -> list[float]:
         """The fields behind `fn` as they travel through the ops' schema."""
-        _, *fields = astuple(self)
-        return [float(value) for value in fields]
+        bounds = [self.limit, self.up_shift, self.gate_cap, self.up_cap]
+        return [float(self.gated), self.alpha, *bounds, float(self.interleaved)]
 
     @staticmethod
     def of(fn: str, params: Sequence[float]) -> Activation:

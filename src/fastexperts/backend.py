@@ -87,10 +87,21 @@ class Backend(Protocol):
         """
 
     @staticmethod
-    def dw(left: Tensor, right: Tensor, routing: Routing, like_EMN: Tensor, tokens: str = "") -> Tensor:
-        """dw[e] = left_PM[rows of e]^T @ right_PN[rows of e], dtype and strides as `like`; `tokens`: "left"
-        or "right" holds tokens, of rows taken as in `up`.
+    def dw(
+        left: Tensor,
+        right: Tensor,
+        routing: Routing,
+        like_EMN: Tensor,
+        tokens: str = "",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """dw[e] = left_PM[rows of e]^T @ right_PN[rows of e], strides and, unless given, dtype as `like`;
+        `tokens`: "left" or "right" holds tokens, of rows taken as in `up`.
         """
+
+    @staticmethod
+    def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
+        """Each row times its pair's weight; for few columns."""
 
     @staticmethod
     def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:

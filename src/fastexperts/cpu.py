@@ -17,7 +17,7 @@ from fastexperts.routing import Routing
 from fastexperts.routing import route_torch as route
 from fastexperts.weights import Step
 
-__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up"]
+__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up", "weigh"]
 
 
 def block_m(device: torch.device, dtype: torch.dtype) -> int:
@@ -102,10 +102,23 @@ def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: tor
     return out_TD.to(dtype)
 
 
-def dw(left: Tensor, right: Tensor, routing: Routing, like_EMN: Tensor, tokens: str = "") -> Tensor:
+def dw(
+    left: Tensor,
+    right: Tensor,
+    routing: Routing,
+    like_EMN: Tensor,
+    tokens: str = "",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     left_PM = _gather(left, routing) if tokens == "left" else left
     right_PN = _gather(right, routing) if tokens == "right" else right
-    return torch.empty_like(like_EMN).copy_(_grouped_mm(left_PM.t(), right_PN, routing.offsets_E1))
+    out_EMN = torch.empty_like(like_EMN, dtype=dtype or like_EMN.dtype)
+    return out_EMN.copy_(_grouped_mm(left_PM.t(), right_PN, routing.offsets_E1))
+
+
+def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
+    weight_P = weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)]
+    return (rows_PR * weight_P[:, None]).to(rows_PR.dtype)
 
 
 def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:

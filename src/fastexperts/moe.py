@@ -27,7 +27,10 @@ from fastexperts.weights import Lora, Step
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer computes with beside its tokens: weights as stored, routing, updates as `Lora.packed`."""
+    """What a layer computes with beside its tokens: weights as stored, routing, updates as `Lora.packed`.
+
+    dtype: of products. factors: of the gradients of updates, which are not rounded to `dtype` on their way.
+    """
 
     weight_TK: Tensor
     w1_EGD: Tensor
@@ -39,6 +42,7 @@ class Layer:
     routing: Routing
     activation: Activation
     dtype: torch.dtype
+    factors: torch.dtype
 
 
 def forward(x_TD: Tensor, layer: Layer, keep_h: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,12 +94,13 @@ def backward(
     if layer.bias2_ED is not None and need_dbias2:
         dbias2 = ops.db(dout, layer.weight_TK, routing, layer.bias2_ED)
     if step2 and need_da2:
-        da2 = ops.dw(step2.rows_PR, wa_PF, routing, step2.w)
+        da2 = ops.dw(step2.rows_PR, wa_PF, routing, step2.w, dtype=layer.factors)
     if layer.lora2 and need_db2:
         # transposed: with r columns the product's blocks are mostly padding (H100, r = 16: 0.30 ms; da1, of
         # the same shape as this, 0.14)
         like_ERD = torch.empty_like(layer.lora2.b.mT, memory_format=torch.contiguous_format)
-        db2 = ops.dw(weighted(ya_PR, layer.weight_TK, routing), dout, routing, like_ERD, tokens="right").mT
+        wya_PR = ops.weigh(ya_PR, layer.weight_TK, routing)
+        db2 = ops.dw(wya_PR, dout, routing, like_ERD, tokens="right", dtype=layer.factors).mT
     del wa_PF
     if layer.lora1 and (need_dx or need_da1):
         step1 = Step(ops.shrink(dh_PG, layer.lora1.b.mT, routing, tokens=False), layer.lora1.a)
@@ -108,17 +113,11 @@ def backward(
     if layer.bias1_EG is not None and need_dbias1:
         dbias1 = ops.db(dh_PG, None, routing, layer.bias1_EG)
     if step1 and need_da1:
-        da1 = ops.dw(step1.rows_PR, x, routing, step1.w, tokens="right")
+        da1 = ops.dw(step1.rows_PR, x, routing, step1.w, tokens="right", dtype=layer.factors)
     if layer.lora1 and need_db1:
-        db1 = ops.dw(dh_PG, xa_PR, routing, layer.lora1.b)
+        db1 = ops.dw(dh_PG, xa_PR, routing, layer.lora1.b, dtype=layer.factors)
     dweight = dweight_TK if need_dweight else None
     return dx_TD, dweight, dw1_EGD, dw2_EDF, dbias1, dbias2, da1, db1, da2, db2
-
-
-def weighted(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
-    """Each row times its pair's weight; rows without a pair stay undefined."""
-    weight_P = weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)]
-    return (rows_PR * weight_P[:, None]).to(rows_PR.dtype)
 
 
 def inner_products(dout_TD: Tensor, bias_ED: Tensor, routing: Routing) -> Tensor:

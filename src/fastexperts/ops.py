@@ -97,15 +97,16 @@ def restored(
 ) -> Layer:  # fmt: skip
     """The inverse of `flattened` and of an activation's; updates packed for kernels."""
     bias1 = bias2 = lora1 = lora2 = None
-    params = list(numbers)
+    params, factors = list(numbers), dtype
     if extras:
         *params, scale1, scale2 = numbers
         bias1, bias2 = (bias if bias.numel() else None for bias in extras[:2])
         _, _, a1, b1, a2, b2 = extras
         loras = (Lora(a1, b1, scale1), Lora(a2, b2, scale2))
         lora1, lora2 = (lora.packed(dtype) if lora.a.numel() else None for lora in loras)
+        factors = (a1 if lora1 else a2).dtype
     activation = Activation.of(act, params)
-    return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, lora1, lora2, routing, activation, dtype)
+    return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, lora1, lora2, routing, activation, dtype, factors)
 
 
 @op("moe_mlp")
@@ -178,19 +179,21 @@ def _moe_mlp_backward(
     every = [*needs, *[False] * (PRIMALS + len(EXTRAS) - len(needs))]
     found = backward(dout_TD, x_TD, layer, kept[:3], every)
     grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
-    for i, scale in zip((PRIMALS + 2, PRIMALS + 4), numbers[-2:], strict=True):
-        if extras:
-            grads[i : i + 2] = _unpacked(grads[i : i + 2], primals[i : i + 2], scale)
-    return grads
+    if not extras:
+        return grads
+    *others, da1, db1, da2, db2 = grads
+    _, _, a1, b1, a2, b2 = extras
+    scale1, scale2 = numbers[-2:]
+    db2 = _unpacked(db2.mT, b2.mT).mT if db2.numel() else db2
+    return [*others, _unpacked(da1, a1, scale1), _unpacked(db1, b1), _unpacked(da2, a2, scale2), db2]
 
 
-def _unpacked(grads: Sequence[Tensor], factors: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """Gradients (da, db) of an update from those of what `Lora.packed` made of it: the scale is in its a."""
-    da, db = (
-        grad[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype).contiguous() if grad.numel() else grad
-        for grad, factor in zip(grads, factors, strict=True)
-    )
-    return [da.mul_(scale) if scale != 1.0 and da.numel() else da, db]
+def _unpacked(grad: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
+    """The gradient of `factor`, contiguous, from that of what `Lora.packed` made of it."""
+    if not grad.numel():
+        return grad
+    own = grad[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype).contiguous()
+    return own.mul_(scale) if scale != 1.0 else own
 
 
 @_moe_mlp_backward.fake
@@ -199,7 +202,8 @@ def _(dout_TD: Tensor, primals: list[Tensor], *others: Any) -> list[Tensor]:
     x_TD, weight_TK, w1_EGD, w2_EDF, *extras = primals
     strided = [torch.empty_like(w) for w in (w1_EGD, w2_EDF)]  # as the parameters; the others are contiguous
     grads = [x_TD.new_empty(x_TD.shape), weight_TK.new_empty(weight_TK.shape), *strided]
-    grads += [extra.new_empty(extra.shape) for extra in extras]
+    grads += [extra.new_empty(extra.shape) for extra in extras[:-1]]
+    grads += [b2.new_empty(b2.mT.shape).mT for b2 in extras[-1:]]  # but this, [E, r, D] (moe.backward)
     return [grad if need else x_TD.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
 
 

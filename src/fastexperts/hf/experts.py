@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from fastexperts.activations import Activation
 from fastexperts.errors import FastexpertsError, refuse
-from fastexperts.hf import peft
+from fastexperts.hf import outside, peft
+from fastexperts.hf.bypass import check_reached, eager_of
+from fastexperts.hf.compare import check_same, has_data
 from fastexperts.hf.gate import WAY_OUT, activation_of
 from fastexperts.hf.inventory import (
     Row,
     Summary,
     interface_modules,
     label_of,
-    outside_modules,
     row_of,
     stored,
 )
@@ -62,23 +63,20 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         verbose: print the summary.
 
     Transformers selects the implementation per config, so a module that shares its config with one that
-    cannot be served stays as well, and its row says so.
+    cannot be served stays as well, and its row says so. Modules outside its interface that have an adapter
+    (`hf.outside`) get another forward, which `hf.outside.restore` takes away.
     """
     register()
     roots = _pretrained_models(model)
     modules = interface_modules(model)
-    rows = {name: _row(name, module) for name, module in modules.items()}
+    rows = {name: _row(model, name, module) for name, module in modules.items()}
     unswitchable = {id(modules[name].config): row for name, row in rows.items() if not row.served}
     for name, row in rows.items():
         culprit = unswitchable.get(id(modules[name].config))
         if row.served and culprit is not None:
             reason = f"shares its config with {culprit.name}, which is not served"
             rows[name] = row_of(name, modules[name], served=False, activation=row.activation, reason=reason)
-    outside = tuple(
-        Row(name, type(module).__name__, served=False, reason="not in transformers' experts interface")
-        for name, module in outside_modules(model)
-    )
-    summary = Summary((*rows.values(), *outside))
+    summary = Summary((*rows.values(), *outside.rows(model)))
     _check_switchable(model, summary, allow_unsupported)
 
     before = {
@@ -92,6 +90,7 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         wanted = previous if key in unswitchable else NAME
         if config._experts_implementation != wanted:
             config._experts_implementation = wanted
+    outside.switch(model, summary)
     if verbose:
         print(summary)
     return summary
@@ -103,9 +102,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Products run in the autocast dtype where autocast is on, else in that of `hidden_states`, whose dtype the
     output has. Raises FastexpertsError for a flag, a gate or a weight that cannot be served.
     """
-    check_flags(self)
     w1_name, w2_name = _weight_names(self)
     if not torch.compiler.is_compiling():
+        check_flags(self)
         for name in (w1_name, w2_name, *((w1_name + "_bias", w2_name + "_bias") if self.has_bias else ())):
             check_plain(self, name, getattr(self, name))
     w1, w2 = _weight(self, w1_name), _weight(self, w2_name)
@@ -176,12 +175,12 @@ def _is_tensor_parallel(module: Any) -> bool:
 
 
 @functools.cache
-def _new_flags() -> frozenset[str]:
+def _new_flags() -> tuple[str, ...]:
     """The flags of transformers' decorator that are none of ours."""
     from transformers.integrations.moe import use_experts_implementation
 
-    parameters = inspect.signature(use_experts_implementation).parameters
-    return frozenset(name for name in parameters if name.startswith(("is_", "has_"))) - _FLAGS
+    flags = inspect.signature(use_experts_implementation).parameters
+    return tuple(flag for flag in flags if flag.startswith(("is_", "has_")) and flag not in _FLAGS)
 
 
 def check_served(module: Any) -> Activation:
@@ -218,12 +217,30 @@ def _fp8_refusal(module: Any) -> FastexpertsError:
     )
 
 
-def _row(name: str, module: Any) -> Row:
+def _row(model: nn.Module, name: str, module: Any) -> Row:
     try:
         activation = check_served(module)
+        check_reached(model, name, module)
+        _check_eager(module)
     except FastexpertsError as e:
         return row_of(name, module, served=False, reason=str(e))
     return row_of(name, module, served=True, activation=label_of(activation))
+
+
+def _check_eager(module: Any) -> None:
+    """Raise unless `experts_forward` computes what the class computes by itself, where its data are here."""
+    eager = eager_of(module)
+    if eager is None or not has_data(module):
+        return
+    down = module.down_proj
+    check_same(
+        module,
+        functools.partial(eager, module),
+        functools.partial(experts_forward, module),
+        hidden=down.shape[2 if module.is_transposed else 1],
+        ids=down.shape[0],
+        way_out=WAY_OUT,
+    )
 
 
 def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: bool) -> None:

@@ -133,7 +133,8 @@ def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     interface module.
     """
     inside = list(interface_modules(model))
-    blocks = {name.rpartition(".")[0] for name in inside}
+    # PEFT wraps an experts module once per adapted parameter: what lies beside the outermost wrapper counts.
+    blocks = {re.sub(r"(\.base_layer)+$", "", name).rpartition(".")[0] for name in inside}
     found: list[str] = []
     for name, module in model.named_modules():
         (parent, _, attribute), cls = name.rpartition("."), type(module).__name__
@@ -143,7 +144,7 @@ def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if (
             parent in blocks
-            or any(_related(name, other) for other in inside)
+            or any(related(name, other) for other in inside)
             or any(_within(name, other) for other in found)
         ):
             continue
@@ -156,5 +157,6 @@ def _within(name: str, other: str) -> bool:
     return name == other or name.startswith(other + ".")
 
 
-def _related(name: str, other: str) -> bool:
+def related(name: str, other: str) -> bool:
+    """Whether one of two modules is, or lies in, the other."""
     return _within(name, other) or _within(other, name)

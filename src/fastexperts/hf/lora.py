@@ -23,7 +23,8 @@ MAX_RANK = 128
 EXPERTS, ATTENTION, SHARED, ROUTER, SAVED = "experts", "attention", "shared experts", "router", "full"
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# By name or by class (nemotron_h: mixer), and not post_attention_layernorm or attn_hyper_connection.
+_ATTENTION = re.compile(r"(attn|attention)$", re.IGNORECASE)
 _INDEXER = re.compile(r"indexer", re.IGNORECASE)  # picks tokens by top-k: nothing in it has a gradient
 _SHARED = re.compile(r"^shared_(experts?|mlp)$")
 _ROUTER = re.compile(r"^(gate$|router)")
@@ -120,8 +121,9 @@ def lora_config(
         router: the matrix that chooses experts.
         modules_to_save: modules trained in full and saved with the adapter, such as "lm_head".
         verbose: print the summary: what is adapted, rank, trainable parameters, layers.
-        options: LoraConfig's `use_rslora`, `init_lora_weights`, `task_type`; `lora_dropout` for attention
-            alone. PEFT supports neither dropout nor DoRA on experts.
+        options: LoraConfig's `use_rslora`, `init_lora_weights`, `task_type` (default: CAUSAL_LM for a model
+            that generates); `lora_dropout` for attention alone. PEFT supports neither dropout nor DoRA on
+            experts.
 
     Raises FastexpertsError if something asked for is not in the model, or not supported.
     """
@@ -150,13 +152,14 @@ def lora_config(
     parameters = [row.name for row in summary.rows if row.kind != SAVED and not row.by_module]
     _check_options(options, bool(parameters))
     modules = [row.name.removesuffix(".weight") for row in summary.rows if row.by_module]
+    task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None  # PEFT's wrapper calls it
     config = LoraConfig(
         r=r,
         lora_alpha=r if alpha is None else alpha,
         target_modules=_shortened(modules, (name for name, _ in model.named_modules())),
         target_parameters=_shortened(parameters, (name for name, _ in model.named_parameters())) or None,
         modules_to_save=list(modules_to_save) if modules_to_save else None,
-        **{"task_type": "CAUSAL_LM"} | options,
+        **{"task_type": task} | options,
     )
     if verbose:
         print(summary)
@@ -216,11 +219,13 @@ def _find(model: nn.Module, parts: dict[str, bool]) -> dict[str, list[LoraRow]]:
             count, rows, columns = weight.shape
             found[EXPERTS].append(LoraRow(full, EXPERTS, count, count * (rows + columns)))
     stacks = {layer.rpartition(".")[0] for layer in experts_of}
+    attentions = [f"{name}." for name, m in model.named_modules() if _ATTENTION.search(type(m).__name__)]
     for name, module in model.named_modules():
         layer = _layer_of(name)
         if experts and layer.rpartition(".")[0] not in stacks:
             continue  # another tower of the model, such as vision
-        kind = _kind_of(name.removeprefix(f"{layer}.").split("."), module)
+        in_attention = any(name.startswith(attention) for attention in attentions)
+        kind = _kind_of(name.removeprefix(f"{layer}.").split("."), module, in_attention)
         if kind == ROUTER and parts[kind]:
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and len(weight) == experts_of.get(layer):
@@ -230,7 +235,7 @@ def _find(model: nn.Module, parts: dict[str, bool]) -> dict[str, list[LoraRow]]:
     return found
 
 
-def _kind_of(path: list[str], module: Any) -> str | None:
+def _kind_of(path: list[str], module: Any, in_attention: bool) -> str | None:
     """What a module at `path` in its layer is, of what can be adapted beside experts."""
 
     def within(name: re.Pattern[str]) -> bool:
@@ -238,7 +243,7 @@ def _kind_of(path: list[str], module: Any) -> str | None:
 
     if isinstance(module, nn.Linear) and within(_SHARED):
         return SHARED
-    if isinstance(module, nn.Linear) and within(_ATTENTION):
+    if isinstance(module, nn.Linear) and (in_attention or within(_ATTENTION)):
         return None if within(_INDEXER) else ATTENTION
     return ROUTER if within(_ROUTER) else None
 

@@ -5,11 +5,11 @@ Kernel locals: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ block; ever
 shape.
 """
 
-from fastexperts.kernels.combine import combine
+from fastexperts.kernels.combine import combine, weigh
 from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, shrink, up
 from fastexperts.kernels.routing import route
 from fastexperts.kernels.sum_rows import db
 from fastexperts.kernels.tiles import block_m
 
-__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up"]
+__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up", "weigh"]

@@ -1,5 +1,5 @@
-"""Rows to tokens and back: `combine` (weighted sum over k), `gather` (a row's token), and the sums of
-dweight.
+"""Rows to tokens and back: `combine` (weighted sum over k), `gather` (a row's token), `weigh` (rows times
+weights), and the sums of dweight.
 
 Legend: T tokens, K top-k, P = T*K rows, D model dim.
 """
@@ -64,6 +64,29 @@ def _gather(
         tl.store(p_out + row * dim_d + o_d, x, mask=m_d & (row >= 0))
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _weigh(
+    p_rows,  # [P, R]
+    p_weight,  # [P] by pair
+    p_pair_of_row,  # [P]
+    p_out,  # [P, R]
+    num_rows,
+    R: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Grid (P blocks,): one program owns BLOCK_P rows; rows without a pair stay undefined."""
+    o_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_r = tl.arange(0, BLOCK_R)
+    pair = tl.load(p_pair_of_row + o_p, mask=o_p < num_rows, other=-1)
+    weight = tl.load(p_weight + pair, mask=pair >= 0, other=0.0)
+    m_block = (pair >= 0)[:, None] & (o_r < R)[None, :]
+    o_block = o_p.to(tl.int64)[:, None] * R + o_r[None, :]
+    value = tl.load(p_rows + o_block, mask=m_block).to(ACC) * weight.to(ACC)[:, None]
+    tl.store(p_out + o_block, value.to(p_out.dtype.element_ty), mask=m_block)
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def _sum_dweight(
     p_partial,  # [NB, P] by row
@@ -125,6 +148,25 @@ def gather(x_TD: Tensor, routing: Routing) -> Tensor:
         plan = _gather_plan(x_TD, x_PD, top_k=routing.top_k)
         plan((num_tokens, plan.blocks), (x_TD, routing.row_of_pair_P, x_PD))
     return x_PD
+
+
+@planned
+def _weigh_plan(rows_PR: Tensor, weight_TK: Tensor) -> Plan:
+    block_r = triton.next_power_of_2(rows_PR.shape[1])
+    acc, block_p = accumulator(rows_PR.dtype), max(1, 2048 // block_r)
+    options = dict(R=rows_PR.shape[1], ACC=acc, BLOCK_P=block_p, BLOCK_R=block_r)
+    return Plan(_weigh, (None,) * 4, (), options)
+
+
+def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
+    """See backend.Backend."""
+    rows_PR, weight_TK = rows_PR.contiguous(), weight_TK.contiguous()
+    out_PR = torch.empty_like(rows_PR)
+    if out_PR.numel():
+        plan = _weigh_plan(rows_PR, weight_TK)
+        grid = (triton.cdiv(len(rows_PR), plan.constants["BLOCK_P"]),)
+        plan(grid, (rows_PR, weight_TK, routing.pair_of_row_P, out_PR), len(rows_PR))
+    return out_PR
 
 
 @planned

@@ -167,6 +167,7 @@ def _show(console: Console, folder: Path, report: dict[str, Any], checks: list[C
     seconds = report["seconds"]
     console.print(
         f"{report['parameters']:,} parameters, {report['steps']} steps on {report['device']}: "
+        f"{report['performance']['perf/tokens_per_s']:,.0f} tokens/s, "
         f"{seconds['training']:.0f} s, {seconds['all']:.0f} s with the proof. In {folder}:\n"
         "  loss.png, expert_load.png, report.json, run/model (the checkpoint)",
         highlight=False,

@@ -6,6 +6,7 @@ import importlib
 import json
 import platform
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,9 +34,16 @@ def describe_run(recipe: Recipe, result: TrainResult) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "losses": result.losses,
         "eval_losses": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
+        "performance": _medians(history),
         "expert_load": result.load_LE.tolist(),
         "expert_imbalance": imbalance(result.load_LE),
     }
+
+
+def _medians(history: list[dict[str, float]]) -> dict[str, float]:
+    """What the meter logged (metrics/mfu.py), the median of each value: a slow start does not count."""
+    names = sorted({name for entry in history for name in entry if name.startswith("perf/")})
+    return {name: median(entry[name] for entry in history if name in entry) for name in names}
 
 
 def device_name(device: torch.device) -> str:

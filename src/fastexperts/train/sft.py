@@ -135,13 +135,14 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     adapter: Any = None,
 ) -> Any:
-    """TRL's SFTTrainer over checked documents, with our progress bar and our resume.
+    """TRL's SFTTrainer over checked documents, with our progress bar, our meter and our resume.
 
     adapter: a `peft.LoraConfig`, if one is trained.
     """
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    from fastexperts.metrics.mfu import PerformanceCallback
     from fastexperts.train.progress import RichProgress
 
     try:
@@ -157,6 +158,7 @@ def make_trainer(
     except (ValueError, RuntimeError, ImportError) as error:
         raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    PerformanceCallback(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",

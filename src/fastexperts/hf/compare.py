@@ -1,0 +1,86 @@
+"""The forward of a class beside ours, on a few tokens: what no flag, name or gate says shows in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastexperts.dtypes import DTYPES
+from fastexperts.errors import FastexpertsError, refuse
+
+TOKENS = 4
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}  # of the relative error; some classes compute in fp32
+ROUGH = 2e-2  # in bf16 and fp16
+
+
+def has_data(module: nn.Module) -> bool:
+    """Whether every parameter of `module` is here and plain: not on the meta device, sharded or quantised."""
+    return all(
+        p.numel() and p.dtype in DTYPES and not p.is_meta and not is_traceable_wrapper_subclass(p)
+        for p in module.parameters()
+    )
+
+
+@torch.no_grad()
+def check_same(
+    module: nn.Module,
+    theirs: Callable[..., Any],
+    ours: Callable[..., Any],
+    *,
+    hidden: int,
+    ids: int | None,
+    way_out: str,
+) -> None:
+    """Raise FastexpertsError unless two forwards of `module`, which has data, agree on a few tokens.
+
+    Args:
+        hidden: the width of the tokens.
+        ids: how many experts a router may name, where the forwards take tokens, ids and weights; None where
+            they take hidden states [1, T, hidden] alone.
+
+    Weights that are not finite prove nothing, and pass.
+    """
+    like = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        x_TD = torch.randn(TOKENS, hidden, generator=generator).to(like)
+        score_TE = torch.rand(TOKENS, ids or 1, generator=generator).to(like)
+    inputs: tuple[Tensor, ...] = (x_TD[None],)
+    if ids is not None:
+        weight_TK, ids_TK = score_TE.topk(min(3, ids))
+        inputs = (x_TD, ids_TK, weight_TK)
+    try:
+        with torch.autocast(like.device.type, enabled=False):
+            wanted, got = (_tokens(forward(*inputs)) for forward in (theirs, ours))
+    except FastexpertsError:
+        raise
+    except Exception as e:
+        raise refuse(
+            type(module).__name__,
+            "forward",
+            got=f"{type(e).__name__} ({e}) on {TOKENS} tokens",
+            needs="the arguments and the output of the class that fastexperts knows",
+            way_out=way_out,
+        ) from e
+    tolerance = TOLERANCE.get(like.dtype, ROUGH)
+    if wanted.isfinite().all() and not _close(got, wanted, tolerance):
+        raise refuse(
+            type(module).__name__,
+            "forward",
+            got=f"one whose output on {TOKENS} tokens is not that of fastexperts",
+            needs=f"a relative error of {tolerance} at most: the class, or a patch of it, computes more than "
+            "weights, gate and flags say",
+            way_out=way_out,
+        )
+
+
+def _tokens(output: Any) -> Tensor:
+    return (output[0] if isinstance(output, tuple) else output).double()
+
+
+def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    return got.shape == wanted.shape and bool((got - wanted).norm() <= tolerance * wanted.norm())
