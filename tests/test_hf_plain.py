@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import fastexperts
 from fastexperts.errors import FastexpertsError
+from fastexperts.hf.experts import check_flags
 from fastexperts.hf.plain import check_plain
 
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -139,3 +140,14 @@ def test_factors_of_experts_elsewhere_are_refused():
 
     with pytest.raises(FastexpertsError, match="an adapter of 8 experts, 4 of which are on this rank"):
         adapted_model(change)(tokens())
+
+
+@pytest.mark.parametrize("flag", ["has_bias", "has_post_expert_norm"])
+def test_what_each_rank_would_apply_to_its_slice_is_refused(flag):
+    """transformers marks what it sharded as hooked, and expert parallelism as such (here: it did not)."""
+    module = toy_experts(**{flag: True})
+    module._is_hooked, module._is_expert_parallel = True, False
+    with pytest.raises(FastexpertsError, match=f"`{flag}` got True under tensor parallelism"):
+        check_flags(module)
+    module._is_expert_parallel = True
+    check_flags(module)
