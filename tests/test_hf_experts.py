@@ -325,7 +325,7 @@ def toy_experts_named(name):
 
 
 class _Wrapper(torch.Tensor):
-    """A tensor subclass such as DTensor or torchao's."""
+    """A tensor subclass such as torchao's."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -386,7 +386,7 @@ def test_enable_refuses_a_tensor_subclass(allow_unsupported):
         fastexperts.enable(model, allow_unsupported=allow_unsupported)
     reason = str(error.value)
     assert "Qwen3MoeExperts: `down_proj` got a _Wrapper; it needs a plain tensor" in reason
-    assert "before it is sharded" in reason
+    assert "Load the model dequantised" in reason
     assert module.config._experts_implementation == "eager"
 
 

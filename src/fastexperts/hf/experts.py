@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastexperts.activations import Activation
-from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import outside, peft
 from fastexperts.hf.bypass import check_reached, eager_of
@@ -30,6 +28,7 @@ from fastexperts.hf.inventory import (
     row_of,
     stored,
 )
+from fastexperts.hf.plain import check_kind, check_plain
 from fastexperts.ops import moe_mlp
 from fastexperts.weights import Weight
 
@@ -106,8 +105,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     w1_name, w2_name = _weight_names(self)
     if not torch.compiler.is_compiling():
         check_flags(self)
-        for name in (w1_name, w2_name):
-            _check_plain(self, name, getattr(self, name))
+        for name in (w1_name, w2_name, *((w1_name + "_bias", w2_name + "_bias") if self.has_bias else ())):
+            check_plain(self, name, getattr(self, name))
     w1, w2 = _weight(self, w1_name), _weight(self, w2_name)
     activation = activation_of(self)
     # transformers < 5.23 does not say, and sends the same sentinels.
@@ -146,7 +145,9 @@ _FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_
 
 
 def check_flags(module: Any) -> None:
-    """Raise FastexpertsError for a flag of the interface that is set and that this version does not know."""
+    """Raise FastexpertsError for a flag of the interface that this version does not know, or not under
+    tensor parallelism.
+    """
     for flag in _new_flags():
         if getattr(module, flag, False):
             raise refuse(
@@ -156,6 +157,21 @@ def check_flags(module: Any) -> None:
                 needs=f"False: it came with a newer transformers and is none of {', '.join(sorted(_FLAGS))}",
                 way_out=WAY_OUT,
             )
+    for flag, what in (("has_bias", "the down bias"), ("has_post_expert_norm", "the norm after each expert")):
+        if getattr(module, flag, False) and _is_tensor_parallel(module):
+            raise refuse(
+                type(module).__name__,
+                flag,
+                got="True under tensor parallelism",
+                needs=f"experts that are whole: each rank would apply {what}, before the sum over ranks",
+                way_out="Leave these experts out of tp_plan, as transformers does, or shard them by ep_size.",
+            )
+
+
+def _is_tensor_parallel(module: Any) -> bool:
+    """Whether ranks hold slices of the same experts, and transformers sums what they return."""
+    # transformers < 5.23 does not say which of the two sharded a module.
+    return getattr(module, "_is_hooked", False) and not getattr(module, "_is_expert_parallel", True)
 
 
 @functools.cache
@@ -183,33 +199,12 @@ def check_served(module: Any) -> Activation:
             )
         parameter = module._parameters.get(name)
         if parameter is not None:  # what a parametrization makes of its own is seen at the call
-            _check_plain(module, name, parameter)
+            check_kind(module, name, parameter)
     return activation_of(module)
 
 
 def _weight_names(module: Any) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
-
-
-def _check_plain(module: Any, name: str, w: Any) -> None:
-    """Raise for a weight that is no plain floating tensor: what our ops would make of it is undefined."""
-    if w.dtype not in DTYPES:
-        raise refuse(
-            type(module).__name__,
-            name,
-            got=str(w.dtype).removeprefix("torch."),
-            needs="bfloat16, float16, float32 or float64 (no quantised experts so far)",
-            way_out="Load the model dequantised, or use experts_implementation='grouped_mm'.",
-        )
-    if is_traceable_wrapper_subclass(w):
-        raise refuse(
-            type(module).__name__,
-            name,
-            got=f"a {type(w).__name__}",
-            needs="a plain tensor (sharded and quantised tensors are not served so far)",
-            way_out="Load the model dequantised and call enable() before it is sharded, or use "
-            "experts_implementation='grouped_mm' or 'eager'.",
-        )
 
 
 def _fp8_refusal(module: Any) -> FastexpertsError:

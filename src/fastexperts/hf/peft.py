@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastexperts.dtypes import DTYPES
+from fastexperts.errors import refuse
 from fastexperts.hf.inventory import in_interface
+from fastexperts.hf.plain import check_plain
 from fastexperts.weights import Lora
 
 _ATTRIBUTE = "_fastexperts_lora"
@@ -79,6 +82,7 @@ def _lora(wrapper: Any, adapter: str, transposed: bool) -> Lora:
     """
     experts = wrapper.num_experts
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    _check_whole(wrapper.get_base_layer(), experts, {"lora_A": a, "lora_B": b})
     a_ERI: Tensor = a.unflatten(0, (experts, -1))
     b_EOR: Tensor = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
     in_last = bool(wrapper._did_swap_in_out_features)  # PEFT's delta is [E, O, I], else [E, I, O]
@@ -86,3 +90,19 @@ def _lora(wrapper: Any, adapter: str, transposed: bool) -> Lora:
         # the stored weight's outputs face A: the update is A^T B^T
         a_ERI, b_EOR = b_EOR.transpose(1, 2), a_ERI.transpose(1, 2)
     return Lora(a_ERI, b_EOR, wrapper.scaling[adapter])
+
+
+def _check_whole(module: Any, experts: int, factors: dict[str, Tensor]) -> None:
+    """Raise FastexpertsError for factors that are sharded, or that belong to other ranks' experts too."""
+    if not torch.compiler.is_compiling():
+        for name, factor in factors.items():
+            check_plain(module, name, factor)
+    local = getattr(module, "num_experts", experts)
+    if local != experts:
+        raise refuse(
+            type(module).__name__,
+            "lora_A",
+            got=f"an adapter of {experts} experts, {local} of which are on this rank",
+            needs="experts that are not sharded by expert: PEFT adapts the whole parameter",
+            way_out="Train adapters with FSDP2 and without expert parallelism (ep_size=1).",
+        )
