@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -18,6 +19,7 @@ import pytest
 import torch
 from distributed_process import adapted, next_token_loss
 from support_hf import TINY, assert_close, relative, tiny_model, tokens
+from support_matrix import cell
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -39,6 +41,16 @@ class Mode(NamedTuple):
     sizes: dict
     experts: int = EXPERTS
     intermediate: int = INTERMEDIATE
+
+    @property
+    def columns(self) -> list[str]:
+        """Of docs/support.md."""
+        parallel = {
+            "FSDP2": "fsdp_size" in self.sizes,
+            "tensor parallel": self.intermediate < INTERMEDIATE,
+            "expert parallel": self.experts < EXPERTS,
+        }
+        return [column for column, used in parallel.items() if used]
 
 
 TP2 = Mode(2, {"tp_size": 2}, intermediate=INTERMEDIATE // 2)
@@ -73,7 +85,9 @@ def test_a_model_sharded_over_two_ranks(checkpoints, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_loss_and_every_gradient_are_those_of_one_process(mode, checkpoints, tmp_path):
+def test_loss_and_every_gradient_are_those_of_one_process(mode, checkpoints, tmp_path, record_property):
+    for family, column in product(FAMILIES, MODES[mode].columns):
+        cell(record_property, column, family)
     cases = [
         (family, {"checkpoint": path, "sizes": MODES[mode].sizes, "checkpointing": checkpointing})
         for family, path in checkpoints.items()

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastexperts.activations import Activation
 from fastexperts.errors import FastexpertsError, refuse
@@ -25,6 +24,7 @@ from fastexperts.hf.bypass import check_called
 from fastexperts.hf.compare import check_same, has_data
 from fastexperts.hf.gate import activation_of
 from fastexperts.hf.inventory import Row, Summary, label_of, outside_modules, related
+from fastexperts.hf.plain import check_plain
 from fastexperts.ops import moe_mlp
 from fastexperts.weights import Weight
 
@@ -79,16 +79,9 @@ class Adapted:
     def moe(self, x_TD: Tensor, ids_TK: Tensor, weight_TK: Tensor, sentinels: bool = False) -> Tensor:
         """`moe_mlp` with the weights and the activation of the module."""
         w1, w2 = self.adapter.weights(self.module)
-        stored: dict[str, Any] = {"gate and up": w1.w, "down": w2.w}
-        for name, w in stored.items():
-            if is_traceable_wrapper_subclass(w):
-                raise _error(
-                    self.module,
-                    name,
-                    got=f"a {type(w).__name__}",
-                    needs="a plain tensor (sharded and quantised tensors are not served)",
-                    way_out="Call fastexperts.hf.outside.restore(model).",
-                )
+        if not torch.compiler.is_compiling():
+            check_plain(self.module, "gate and up", w1.w)
+            check_plain(self.module, "down", w2.w)
         activation = activation_of(self)
         return moe_mlp(x_TD, ids_TK, weight_TK, w1, w2, activation=activation, expert_parallel=sentinels)
 
