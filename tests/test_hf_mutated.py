@@ -245,6 +245,19 @@ FORWARDS = {
 }
 
 
+# The output is the same, a gradient is not.
+BACKWARDS = {
+    "a router that is not trained": (
+        "top_k_weights[token_idx, top_k_pos, None]",
+        "top_k_weights.detach()[token_idx, top_k_pos, None] * (1 + 0 * top_k_weights.sum())",
+    ),
+    "half of the gradient of the tokens": (
+        "current_state = hidden_states[token_idx]",
+        "current_state = hidden_states[token_idx].lerp(hidden_states[token_idx].detach(), 0.5)",
+    ),
+}
+
+
 def with_forward(model: Any, eager: Any) -> None:
     """Make the experts of `model` instances of a class whose eager forward is `eager`."""
     cls = type(model.model.layers[0].mlp.experts)
@@ -264,6 +277,18 @@ def test_a_class_that_computes_more_than_it_says_is_refused(what):
     with pytest.raises(FastexpertsError, match="on 4 tokens is not that of fastexperts"):
         fastexperts.enable(model)
     assert model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize("what", BACKWARDS)
+def test_a_class_that_learns_otherwise_is_refused(what):
+    model = tiny_model("qwen3_moe", "eager").eval()
+    eager = inspect.unwrap(type(model.model.layers[0].mlp.experts).forward)
+    before = model(tokens()).logits
+    with_forward(model, edited(eager, *BACKWARDS[what]))
+    assert relative(model(tokens()).logits, before) < 1e-6, "the premise: the output tells nothing"
+    with pytest.raises(FastexpertsError, match=r"gradient of the .* on 4 tokens is not that of fastexperts"):
+        fastexperts.enable(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_class_that_is_written_otherwise_and_computes_the_same_is_served():

@@ -1,8 +1,11 @@
-"""The forward of a class beside ours, on a few tokens: what no flag, name or gate says shows in numbers."""
+"""The forward of a class beside ours, on a few tokens: what no flag, name or gate says shows in numbers, of
+the output and of the gradients of tokens and routing weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +28,6 @@ def has_data(module: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
 def check_same(
     module: nn.Module,
     theirs: Callable[..., Any],
@@ -35,7 +37,8 @@ def check_same(
     ids: int | None,
     way_out: str,
 ) -> None:
-    """Raise FastexpertsError unless two forwards of `module`, which has data, agree on a few tokens.
+    """Raise FastexpertsError unless two forwards of `module`, which has data, and their gradients agree on a
+    few tokens.
 
     Args:
         hidden: the width of the tokens.
@@ -54,8 +57,8 @@ def check_same(
         weight_TK, ids_TK = score_TE.topk(min(3, ids))
         inputs = (x_TD, ids_TK, weight_TK)
     try:
-        with torch.autocast(like.device.type, enabled=False):
-            wanted, got = (_tokens(forward(*inputs)) for forward in (theirs, ours))
+        with _frozen(module), torch.autocast(like.device.type, enabled=False):
+            wanted, got = (_results(forward, inputs) for forward in (theirs, ours))
     except FastexpertsError:
         raise
     except Exception as e:
@@ -67,19 +70,44 @@ def check_same(
             way_out=way_out,
         ) from e
     tolerance = TOLERANCE.get(like.dtype, ROUGH)
-    if wanted.isfinite().all() and not _close(got, wanted, tolerance):
-        raise refuse(
-            type(module).__name__,
-            "forward",
-            got=f"one whose output on {TOKENS} tokens is not that of fastexperts",
-            needs=f"a relative error of {tolerance} at most: the class, or a patch of it, computes more than "
-            "weights, gate and flags say",
-            way_out=way_out,
-        )
+    if not all(tensor.isfinite().all() for tensor in wanted.values()):
+        return
+    for what, tensor in wanted.items():
+        if not _close(got[what], tensor, tolerance):
+            raise refuse(
+                type(module).__name__,
+                "forward",
+                got=f"one whose {what} on {TOKENS} tokens is not that of fastexperts",
+                needs=f"a relative error of {tolerance} at most: the class, or a patch of it, computes more "
+                "than weights, gate and flags say",
+                way_out=way_out,
+            )
 
 
-def _tokens(output: Any) -> Tensor:
-    return (output[0] if isinstance(output, tuple) else output).double()
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of `module` asks for a gradient inside, and tensors may, whatever the caller has set."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _results(forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The output of `forward` and the gradients of its floating inputs."""
+    leaves = [tensor.clone().requires_grad_(tensor.is_floating_point()) for tensor in inputs]
+    output = forward(*leaves)
+    out = (output[0] if isinstance(output, tuple) else output).double()
+    floating = [leaf for leaf in leaves if leaf.requires_grad]
+    dout = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
+    names = ("gradient of the tokens", "gradient of the routing weights")
+    grads = torch.autograd.grad(out, floating, dout)
+    return {"output": out.detach(), **{n: g.double() for n, g in zip(names, grads, strict=False)}}
 
 
 def _close(got: Tensor, wanted: Tensor, tolerance: float) -> bool:
