@@ -6,11 +6,10 @@ is kept from showing here: rotary embeddings rotate copies, and what SwiGLU has 
 
 from __future__ import annotations
 
+import inspect
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
-
-import inspect
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +69,7 @@ class Forward:
 
 
 def restore(model: nn.Module) -> int:
-    """Give every module of `model` that has a `Forward` that of its class back; returns how many there were."""
+    """Give every module of `model` that has a `Forward` its class's back; returns how many there were."""
     changed = [module for module in model.modules() if isinstance(vars(module).get("forward"), Forward)]
     for module in changed:
         del vars(module)["forward"]
@@ -101,7 +100,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
-    """q [B, H, S, d] and k rotated by position, the first `rotary_dim` of each head; cos, sin [B or 1, S, *]."""
+    """q and k [B, H, S, d], the first `rotary_dim` of each head rotated; cos, sin [B or 1, S, *]."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     return LigerRopeFunction.apply(_apart(q), _apart(k), cos, sin, None, 1, rotary_dim)
@@ -148,7 +147,7 @@ class _SiluMul(torch.autograd.Function):
 def summed_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_T: Tensor, ignore_index: int
 ) -> Tensor:
-    """The sum of the cross entropies of hidden @ weight^T + bias, without all logits at once; sums in fp32."""
+    """The sum of the cross entropies of hidden @ weight^T + bias, logits in chunks, sums in fp32."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     plain = (None, ignore_index, 0.0, 0.0, "sum", None, False, torch.float32)

@@ -1,8 +1,8 @@
 """RMS norms of a model whose formula Liger's kernel computes, found by comparing numbers.
 
-A candidate is a module with one 1-D parameter `weight` and an epsilon. A copy of it with random weights runs on
-a few rows beside each formula of `FORMULAS`, in fp32 with gradients and in bf16: there the formulas differ by
-where they round. No weight of the model is read, so it may be on the meta device or sharded.
+A candidate is a module with one 1-D parameter `weight` and an epsilon. A copy of it with random weights runs
+on a few rows beside each formula of `FORMULAS`, in fp32 with gradients and in bf16: there the formulas differ
+by where they round. No weight of the model is read, so it may be on the meta device or sharded.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import liger
 
 FORMULAS = tuple(itertools.product((0.0, 1.0), ("llama", "gemma")))
-"""(offset, casting): the weight counts from 0 or 1; and it meets the rounded row, or all is fp32 until the end."""
+"""(offset, casting): weights count from 0 or 1; and meet the rounded row, or all is fp32 until the end."""
 
 ROWS = 16
 TOLERANCE = 1e-5
-ROUNDED_ELSEWHERE = 1 / 64  # of the elements in bf16: another order of the sum; the wrong casting moves a third
+ROUNDED_ELSEWHERE = (
+    1 / 64
+)  # of the elements in bf16: another order of the sum; the wrong casting moves a third
 
 
 class NormForward(liger.Forward):
@@ -141,5 +143,9 @@ def _rounds_alike(got: Tensor, wanted: Tensor) -> bool:
 
 def _refusal(cls: str, got: str) -> FastexpertsError:
     return refuse(
-        cls, "forward", got=got, needs="the RMS norm of one tensor", way_out="It keeps the forward of its class."
+        cls,
+        "forward",
+        got=got,
+        needs="the RMS norm of one tensor",
+        way_out="It keeps the forward of its class.",
     )

@@ -1,7 +1,7 @@
 """Attention whose rotary embedding Liger's kernel computes, found by comparing numbers.
 
-Attention calls its rotation as a global of its modeling file. Nothing process-wide is patched: the instance gets
-the code of its class's forward over a copy of those globals in which that one name is another function.
+Attention calls its rotation as a global of its modeling file. Nothing process-wide is patched: the instance
+gets the code of its class's forward over a copy of those globals in which that one name is another function.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Rotation:
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         rotary_dim, head_dim = cos.shape[-1] * (2 if self.once else 1), q.shape[-1]
-        usual = not args and kwargs in ({}, {"unsqueeze_dim": 1}) and q.dim() == k.dim() == 4 and cos.dim() == 3
+        usual = (
+            not args and kwargs in ({}, {"unsqueeze_dim": 1}) and q.dim() == k.dim() == 4 and cos.dim() == 3
+        )
         width = rotary_dim == head_dim or (self.partial and rotary_dim < head_dim)
         kernel = q.device.type == self.where and q.dtype == k.dtype and q.dtype in liger.DTYPES
         if not (usual and width and kernel and k.shape[-1] == head_dim):

@@ -1,4 +1,4 @@
-"""Dense MLPs (shared experts, dense layers) that compute down(silu(gate(x)) * up(x)), with Liger's product."""
+"""Dense MLPs (shared experts too) that compute down(silu(gate(x)) * up(x)), with Liger's product."""
 
 from __future__ import annotations
 
