@@ -50,17 +50,17 @@ def test_the_run_s_ops_are_ours(tmp_path, monkeypatch):
     calls = []
     original = adapter.moe_mlp
     monkeypatch.setattr(adapter, "moe_mlp", lambda *a, **k: calls.append(1) or original(*a, **k))
-    run(tmp_path, steps=2, gradient_checkpointing=False)
+    run(tmp_path, steps=2, checkpoint="off")
     assert len(calls) >= 2 * SMALL["tiny-qwen3-moe"]["num_hidden_layers"]
 
 
 def test_checkpointing_and_accumulation_change_no_loss(tmp_path):
     losses = []
-    for number, training in enumerate(({}, {"gradient_checkpointing": False})):
-        folder = tmp_path / str(number)
+    for mode in ("off", "keep-experts", "full"):
+        folder = tmp_path / mode
         folder.mkdir()
-        losses.append(run(folder, steps=3, gradient_accumulation=2, **training).losses)
-    assert losses[0] == losses[1]
+        losses.append(run(folder, steps=3, gradient_accumulation=2, checkpoint=mode).losses)
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_evaluation_padding_and_tensorboard(tmp_path):

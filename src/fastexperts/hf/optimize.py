@@ -210,7 +210,8 @@ def _checkpoint(
         return "full", "since `tokens` of a step is not given"
     estimate = recompute.estimate(model, tokens, where, fused="loss" in on)
     modes = tuple(mode for mode in recompute.MODES if mode != "keep-experts" or "experts" in on)
-    return estimate.choose(modes), str(estimate)
+    mode = estimate.choose(modes)
+    return mode, str(estimate) if estimate.fits(mode) else f"{estimate}: none fits"
 
 
 def _merged(part: str, found: list[tuple[str, bool, str]]) -> list[Part]:

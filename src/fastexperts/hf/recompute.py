@@ -10,7 +10,6 @@ adds a policy that keeps the outputs of our op and of nothing else.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -75,10 +74,14 @@ class Estimate:
 
     def choose(self, modes: tuple[str, ...] = MODES) -> str:
         """The first of `modes`, which keep less and less, that fits; the last if none does."""
-        return next((mode for mode in modes if self.of(mode) <= USABLE * self.memory), modes[-1])
+        return next(filter(self.fits, modes), modes[-1])
+
+    def fits(self, mode: str) -> bool:
+        """Whether the peak under `mode` is within what is usable."""
+        return self.of(mode) <= USABLE * self.memory
 
     def __str__(self) -> str:
-        peaks = ", ".join(f"{mode} {self.of(mode) / GIB:.1f}" for mode in MODES)
+        peaks = ", ".join(f"{mode} {self.of(mode) / GIB:.2f}" for mode in MODES)
         return f"estimated GiB at {self.tokens:,} tokens: {peaks}; of {self.memory / GIB:.1f}"
 
 
@@ -168,7 +171,7 @@ def apply(model: Any, mode: str) -> None:
         return
     how: dict[str, Any] = {"use_reentrant": False}
     if mode == "keep-experts":
-        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_experts)
+        how["context_fn"] = keep_experts
     _either(model, "enable")(how)
 
 
@@ -178,6 +181,11 @@ def _either(model: Any, what: str) -> Any:
     return new or getattr(model, f"gradient_checkpointing_{what}")
 
 
-def _keep_experts(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+def keep_experts() -> tuple[Any, Any]:
+    """The contexts of a checkpoint that keeps what our op gives; metrics/mfu.py knows it by its name."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     ours = op is torch.ops.fastexperts.moe_mlp.default
     return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE

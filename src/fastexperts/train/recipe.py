@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fastexperts.errors import FastexpertsError, refuse
@@ -19,6 +27,11 @@ TinyConfig = Literal["tiny-qwen3-moe", "tiny-mixtral", "tiny-deepseek-v3"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "lion_8bit", "sgd"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+# YAML 1.1 reads a bare `off` as false.
+Checkpoint = Annotated[
+    Literal["auto", "off", "keep-experts", "full"],
+    BeforeValidator(lambda value: "off" if value is False else value),
+]
 
 # Settings that a resumed run may change: none of them changes what the next step computes.
 RESUME_MAY_CHANGE = frozenset(
@@ -109,6 +122,14 @@ class DataSettings(Section):
         return self
 
 
+class OptimizeSettings(Section):
+    """Parts of the step that Liger's kernels compute on a GPU (hf/optimize.py)."""
+
+    norms: bool = True
+    rotary: bool = True
+    shared_experts: bool = Field(default=True, description="and other dense MLPs")
+
+
 class TrainingSettings(Section):
     """How it is trained. What is not here keeps TRL's default."""
 
@@ -124,7 +145,10 @@ class TrainingSettings(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     optimizer: Optimizer = "adamw_torch_fused"
     seed: int = Field(default=42, ge=0, lt=2**32)
-    gradient_checkpointing: bool = True
+    optimize: OptimizeSettings = OptimizeSettings()
+    checkpoint: Checkpoint = Field(
+        default="auto", description="what is computed again to save memory; auto: by an estimate"
+    )
     precision: Literal["auto", "fp32", "bf16_autocast", "bf16"] = Field(
         default="auto", description="auto: fp32 weights, with bf16 autocast on a GPU; bf16: bf16 weights"
     )
