@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from families import cases, tiny_family
 from support_hf import assert_close, relative, tiny_model, tokens
 from support_liger import run_liger, step
 
 import fastexperts
 from fastexperts.errors import FastexpertsError
-from fastexperts.hf import liger
+from fastexperts.hf import liger, loss, norms, rotary, swiglu
 from fastexperts.hf.optimize import PARTS, Part, optimize, restore
 from fastexperts.metrics.flops import count_flops
 
-LIGER = {"norms", "rotary", "shared_experts", "loss"}
+PARTS_FOUND = {"norms": norms, "rotary": rotary, "shared_experts": swiglu, "loss": loss}
 
 
 @pytest.fixture
@@ -49,6 +50,24 @@ def test_loss_and_every_gradient_are_the_model_s(device, family):
     assert again == summary, "a second time changes nothing"
 
 
+@pytest.mark.slow  # 65 tiny models
+def test_how_many_families_each_part_serves():
+    """What docs/optimize.md says of transformers 5.23; other versions have other families."""
+    served = dict.fromkeys(PARTS_FOUND, 0)
+    for case in cases():
+        model = tiny_family(case)
+        for name, part in PARTS_FOUND.items():
+            for module in part.candidates(model).values():
+                try:
+                    part.forward_of(module, "cpu")
+                except FastexpertsError:
+                    continue
+                served[name] += 1
+                break
+    assert len(cases()) == 65
+    assert served == {"norms": 63, "rotary": 42, "shared_experts": 35, "loss": 50}
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_each_part_can_be_left_out(device, name):
     model = tiny_model("glm4_moe", "eager").to(device)
@@ -66,7 +85,7 @@ def test_nothing_of_liger_without_a_gpu(monkeypatch, capsys):
     model = tiny_model("dots1", "eager")
     summary = fastexperts.optimize(model, tokens=64)
     reason = "FASTEXPERTS_BACKEND is torch" if torch.cuda.is_available() else "no CUDA device"
-    for name in LIGER:
+    for name in PARTS_FOUND:
         assert summary.of(name) == (Part(name, False, reason),)
     assert not any("forward" in vars(part) for part in model.modules())
     assert capsys.readouterr().out == f"{summary}\n"

@@ -1,4 +1,4 @@
-"""Loss curves with every part on beside those of the model as it was, by the rule of numerics: fp32, seeds, Adam."""
+"""Loss curves with every part on beside those of the model as it was: fp32, five seeds, Adam."""
 
 from statistics import median
 

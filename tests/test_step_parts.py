@@ -43,13 +43,13 @@ FORMULAS = {
 
 
 def results(module, x):
-    x = x.clone().requires_grad_()
+    """Output and gradients, with a residual that gets the same gradient as the norm."""
+    x, residual = x.clone().requires_grad_(), torch.randn(x.shape, device=x.device).requires_grad_()
     y = module(x)
     dy = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype)
-    return {
-        "y": y.detach(),
-        **dict(zip(("dx", "dw"), torch.autograd.grad(y, (x, module.weight), dy), strict=True)),
-    }
+    leaves = {"dx": x, "dw": module.weight, "dresidual": residual}
+    gradients = torch.autograd.grad(y + residual, list(leaves.values()), dy)
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=str)
