@@ -228,8 +228,13 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     return section
 
 
+_CALLED = {"gradient_checkpointing": "checkpoint", "activation_checkpointing": "checkpoint"}  # by TRL
+
+
 def _where_it_may_belong(location: tuple[int | str, ...]) -> str:
     name = str(location[-1])
+    if name in _CALLED:
+        return f"Here it is `{_CALLED[name]}`."
     for section, field in Recipe.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields:
