@@ -301,9 +301,7 @@ def test_numbers_as_people_write_them(tmp_path, text, value):
 def test_checkpointing_off_is_not_false(tmp_path):
     content = settings(tmp_path)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content) + "# the text below is what people write\n")
-    text = path.read_text().replace("training:\n", "training:\n  checkpoint: off\n")
-    path.write_text(text)
+    path.write_text(yaml.safe_dump(content).replace("training:\n", "training:\n  checkpoint: off\n"))
     recipe = load_recipe(path)
     assert recipe.training.checkpoint == "off"
     path.write_text(dump_recipe(recipe))

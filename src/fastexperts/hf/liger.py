@@ -1,6 +1,6 @@
 """Liger's kernels: where they run, and the autograd functions that the parts of `optimize` call.
 
-They run where our own Triton kernels do (`backend.name`). Liger writes over its operands in two places, which
+They run on CUDA, as our own do. Liger writes over its operands in two places, which
 is kept from showing here: rotary embeddings rotate copies, and what SwiGLU has saved serves one backward.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastexperts import backend
+from fastexperts import settings
 from fastexperts.errors import refuse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,8 +31,10 @@ def device_type(model: nn.Module) -> str:
 
 def missing(where: str) -> str:
     """Why Liger's kernels do not run for tensors on device type `where`; empty if they do."""
-    if where == "meta" or backend.name(torch.device(where)) != "triton":
-        return "no CUDA device" if where != "cuda" else "FASTEXPERTS_BACKEND is torch"
+    if where != "cuda":
+        return "no CUDA device"
+    if settings.backend() == "torch":
+        return "FASTEXPERTS_BACKEND is torch"
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (pip install 'fastexperts[train]')"
     return ""

@@ -33,6 +33,8 @@ class LossForward(liger.Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model, keep = self.module, kwargs.get("logits_to_keep", 0)
+        if args and args[0] is model:  # accelerate's unwrap_model binds what it finds to the model
+            args = args[1:]
         whole = isinstance(keep, int) and keep == 0
         usual = not args and whole and kwargs.get("return_dict") is not False
         head = model.get_output_embeddings()
