@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from families import case_of, tiny_family
+from families import step as family_step
 from support_hf import assert_close, tiny_model, tokens
 from support_liger import Alive, step
 
 import fastexperts
-from fastexperts.hf import recompute
+from fastexperts import cpu
+from fastexperts.hf import recompute, unread
 from fastexperts.hf.recompute import MODES, Estimate, Kept, estimate
 from fastexperts.metrics.mfu import keeps_experts, recomputed_share
 
@@ -34,9 +37,52 @@ def test_each_mode_gives_the_same_bits_and_runs_the_experts_as_often_as_it_says(
             results[mode] = step(model, batch())
         calls[mode] = counted.layers
     layers = sum("Experts" in type(module).__name__ for module in model.modules())
-    assert calls == {"off": layers, "keep-experts": layers, "full": 2 * layers}
+    assert calls == {"off": layers, "keep-experts": layers, "full": 2 * layers}, "of them half without w2"
     for mode in MODES[1:]:
         assert_close(results[mode], results["off"], 0)
+
+
+def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):
+    """Nor do adapters on w2: their rows are kept, and are there without it."""
+    peft = pytest.importorskip("peft")
+    calls = []
+    for name in ("up", "down", "combine"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu,
+            name,
+            lambda *args, _name=name, _run=original, **kwargs: calls.append(_name) or _run(*args, **kwargs),
+        )
+    config = peft.LoraConfig(
+        r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], init_lora_weights=False
+    )
+    results = {}
+    for mode in ("off", "full"):
+        model = model_in("qwen3_moe", mode)
+        torch.manual_seed(0)
+        calls.clear()
+        results[mode] = step(peft.get_peft_model(model, config), batch())
+        again = mode == "full"
+        assert [calls.count(name) for name in ("up", "down", "combine")] == [2 + 2 * again, 2, 4], mode
+    assert_close(results["full"], results["off"], 0)
+
+
+def test_a_layer_that_reads_its_experts_output_computes_it_again(monkeypatch):
+    """A norm comes after the experts of gemma4 and of afmoe; with NaN in their place every gradient is NaN."""
+    for family, few in (("gemma4", 0), ("afmoe", 1)):
+        case = case_of(family)
+        results = {}
+        for mode in ("off", "full", "forced"):
+            model = tiny_family(case)
+            fastexperts.enable(model, verbose=False)
+            number = recompute.apply(model, "full" if mode == "forced" else mode)
+            assert number == {"off": 0}.get(mode, few)
+            if mode == "forced":
+                unread.skip([layer for _, layer in recompute.decoder_layers(model)])
+            results[mode] = family_step(model.train())
+        assert results["full"].keys() == results["off"].keys()
+        assert all(torch.equal(results["full"][name], grad) for name, grad in results["off"].items())
+        assert any(grad.isnan().any() for grad in results["forced"].values()), "loud"
 
 
 def kept_by(family, mode):

@@ -142,8 +142,9 @@ def optimize(
     for name, apply in PARTS.items():
         rows += apply(model, where) if chosen[name] else [Part(name, False, "as asked")]
     mode, why = _checkpoint(model, checkpoint, tokens, where, rows)
-    for root in roots:
-        recompute.apply(root, mode)
+    without = sum(recompute.apply(root, mode) for root in roots)
+    if without:
+        why += f"; {without} layers run again without w2 and combine, whose output no backward reads"
     summary = StepSummary((*rows, Part("checkpoint", mode != "off", f"{mode}, {why}")), mode)
     if verbose:
         print(summary)

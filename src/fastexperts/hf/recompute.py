@@ -2,7 +2,7 @@
 
     off           everything is kept
     keep-experts  of each layer its input and the experts' h: attention, norms and router are computed again
-    full          of each layer its input
+    full          of each layer its input; the experts' output is not computed again where nothing reads it
 
 The two that recompute are PyTorch's non-reentrant checkpointing through transformers' switch; `keep-experts`
 adds a policy that keeps the outputs of our op and of nothing else.
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from fastexperts.hf import liger
+from fastexperts.hf import liger, unread
 from fastexperts.hf.inventory import Row, interface_modules, row_of
 from fastexperts.hf.swiglu import PROJECTIONS
 
@@ -131,7 +131,7 @@ def free_memory(where: str) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that transformers checkpoints."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -163,16 +163,22 @@ def kept_of(layer: Any, experts: dict[str, Row], hidden: int, size: int) -> Kept
     return Kept(hidden * size, kept * size, rest * size)
 
 
-def apply(model: Any, mode: str) -> None:
-    """Switch `model`, a transformers model, to `mode`."""
+def apply(model: Any, mode: str) -> int:
+    """Switch `model`, a transformers model, to `mode`; returns how many layers run again without w2."""
+    layers = [layer for _, layer in decoder_layers(model)]
     if mode == "off":
-        if any(getattr(layer, "gradient_checkpointing", False) for _, layer in decoder_layers(model)):
+        if any(layer.gradient_checkpointing for layer in layers):
             _either(model, "disable")()
-        return
+        return 0
     how: dict[str, Any] = {"use_reentrant": False}
     if mode == "keep-experts":
         how["context_fn"] = keep_experts
     _either(model, "enable")(how)
+    if mode != "full":
+        return 0
+    skipping = unread.unread_layers(model, layers)
+    unread.skip(skipping)
+    return len(skipping)
 
 
 def _either(model: Any, what: str) -> Any:
