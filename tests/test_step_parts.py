@@ -170,6 +170,7 @@ def test_the_rotation_is_the_formula_and_leaves_its_operands(device, once, part)
         assert relative(a, b) < 1e-6
     alone = rotary.Rotation(lambda *args, **kwargs: "theirs", device, once, partial=True)
     assert alone(*views, *tables, unsqueeze_dim=2) == "theirs"
+    assert alone(views[0], cos=tables[0], sin=tables[1]) == "theirs", "of one tensor, as in qwen4_exp"
     assert alone(*(heads.double() for heads in views), *tables) == "theirs"
 
 

@@ -37,16 +37,24 @@ class Rotation:
     once: bool
     partial: bool
 
-    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        rotary_dim, head_dim = cos.shape[-1] * (2 if self.once else 1), q.shape[-1]
-        usual = (
-            not args and kwargs in ({}, {"unsqueeze_dim": 1}) and q.dim() == k.dim() == 4 and cos.dim() == 3
-        )
-        width = rotary_dim == head_dim or (self.partial and rotary_dim < head_dim)
-        kernel = q.device.type == self.where and q.dtype == k.dtype and q.dtype in liger.DTYPES
-        if not (usual and width and kernel and k.shape[-1] == head_dim):
-            return self.theirs(q, k, cos, sin, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._takes(*args, **kwargs):
+            return self.theirs(*args, **kwargs)
+        q, k, cos, sin = args
+        rotary_dim = cos.shape[-1] * (2 if self.once else 1)
         return liger.rope(liger.promoted(q, cos), liger.promoted(k, cos), cos, sin, rotary_dim)
+
+    def _takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether these are q, k [B, H, S, d], cos and sin [B, S, *] of what was compared, on the device."""
+        if len(args) != 4 or kwargs not in ({}, {"unsqueeze_dim": 1}):
+            return False
+        q, k, cos, _ = args
+        rotary_dim, head_dim = cos.shape[-1] * (2 if self.once else 1), q.shape[-1]
+        dims = q.dim() == k.dim() == 4 and cos.dim() == 3 and k.shape[-1] == head_dim
+        width = rotary_dim == head_dim or (self.partial and rotary_dim < head_dim)
+        return (
+            dims and width and q.device.type == self.where and q.dtype == k.dtype and q.dtype in liger.DTYPES
+        )
 
 
 class RotaryForward(liger.Forward):
