@@ -108,6 +108,8 @@ def _prepare(
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
     _check_auxiliary_loss(recipe.training, model.config.get_text_config())
+    if recipe.training.method == "lora":
+        model.requires_grad_(False)  # as PEFT will, and as the estimate of memory has to count
     console.print(str(_optimize(recipe, model)), highlight=False, soft_wrap=True)
     adapter = None
     if recipe.training.method == "lora":
