@@ -170,3 +170,28 @@ def test_a_trainer_sees_the_inputs_and_the_meter_the_same_model(device):
     optimize(model, verbose=False)
     assert list(inspect.signature(model.forward).parameters) == columns
     assert count_flops(model) == flops
+
+
+@pytest.mark.slow
+def test_a_plain_trainer_takes_the_same_steps(device, tmp_path):
+    """transformers' Trainer: its columns, `num_items_in_batch` over micro-batches, evaluation with logits."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=6, length=3)]
+    rows[0]["labels"] = torch.where(torch.arange(3) == 1, -100, rows[0]["labels"])
+    histories = []
+    for fast in (False, True):
+        model = tiny_model("qwen3_moe", "eager", output_router_logits=True)
+        if fast:
+            assert optimize(model, checkpoint="off", verbose=False).on("loss")
+        arguments = TrainingArguments(
+            str(tmp_path / str(fast)), per_device_train_batch_size=1, gradient_accumulation_steps=2,
+            max_steps=3, logging_steps=1, eval_strategy="steps", eval_steps=3, use_cpu=device == "cpu", report_to="none",
+            learning_rate=1e-3,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2])
+        trainer.train()
+        histories.append([e[k] for e in trainer.state.log_history for k in ("loss", "eval_loss") if k in e])
+        assert any(part.shape == (2, 3, 97) for part in trainer.predict(rows[:2]).predictions), "logits"
+    assert len(histories[0]) == 4
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)  # logs are rounded
