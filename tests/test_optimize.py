@@ -123,6 +123,7 @@ def test_what_cannot_be_is_refused(arguments, complaint):
     model = tiny_model("qwen3_moe", "eager")
     with pytest.raises(FastexpertsError, match=complaint):
         optimize(model, **arguments, verbose=False)
+    assert model.config._experts_implementation == "eager", "nothing was switched"
 
 
 def test_a_model_without_experts_or_of_another_library_is_refused():
@@ -186,8 +187,8 @@ def test_a_plain_trainer_takes_the_same_steps(device, tmp_path):
             assert optimize(model, checkpoint="off", verbose=False).on("loss")
         arguments = TrainingArguments(
             str(tmp_path / str(fast)), per_device_train_batch_size=1, gradient_accumulation_steps=2,
-            max_steps=3, logging_steps=1, eval_strategy="steps", eval_steps=3, use_cpu=device == "cpu", report_to="none",
-            learning_rate=1e-3,
+            max_steps=3, logging_steps=1, eval_strategy="steps", eval_steps=3, use_cpu=device == "cpu",
+            report_to="none", learning_rate=1e-3,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2])
         trainer.train()

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -134,8 +135,8 @@ def optimize(
     FastexpertsError for an unknown name, for experts that `enable` refuses, and for keep-experts without
     ours.
     """
-    chosen = _check(parts or {}, checkpoint)
     roots = pretrained_models(model, "optimize")
+    chosen = _check(roots, parts or {}, checkpoint)
     restore(model)
     where = liger.device_type(model)
     rows: list[Part] = []
@@ -158,57 +159,46 @@ def restore(model: nn.Module) -> int:
     return liger.restore(model)
 
 
-def _check(parts: Mapping[str, bool], checkpoint: str) -> dict[str, bool]:
-    """Every part and whether it is wanted."""
+def _check(roots: list[Any], parts: Mapping[str, bool], checkpoint: str) -> dict[str, bool]:
+    """Every part and whether it is wanted; raises, before anything changes, for what cannot be."""
     for name in parts:
         if name not in PARTS:
-            raise refuse(
-                "optimize",
-                "parts",
-                got=repr(name),
-                needs=f"names of {', '.join(PARTS)}",
-                way_out="Checkpointing has an argument of its own.",
-            )
+            needs = f"names of {', '.join(PARTS)}"
+            raise _refusal("parts", repr(name), needs, "Checkpointing has an argument of its own.")
+    wanted = dict.fromkeys(PARTS, True) | dict(parts)
     if checkpoint not in CHECKPOINTS:
-        raise refuse(
-            "optimize",
-            "checkpoint",
-            got=repr(checkpoint),
-            needs=f"one of {', '.join(CHECKPOINTS)}",
-            way_out="Leave it out to let an estimate decide.",
-        )
-    return dict.fromkeys(PARTS, True) | dict(parts)
+        needs = f"one of {', '.join(CHECKPOINTS)}"
+        raise _refusal("checkpoint", repr(checkpoint), needs, "Leave it out to let an estimate decide.")
+    if checkpoint == "keep-experts" and not wanted["experts"]:
+        got = "'keep-experts' with the experts left as they are"
+        needs = "experts that run on fastexperts: what is kept is what our op gives"
+        way_out = "Leave parts={'experts': False} out, or take checkpoint='full'."
+        raise _refusal("checkpoint", got, needs, way_out)
+    if checkpoint in {"keep-experts", "full"} and not _checkpoints(roots):
+        got, needs = f"{checkpoint!r} for {type(roots[0]).__name__}", "a class with gradient checkpointing"
+        raise _refusal("checkpoint", got, needs, "Pass checkpoint='off'.")
+    return wanted
+
+
+def _refusal(argument: str, got: str, needs: str, way_out: str) -> FastexpertsError:
+    return refuse("optimize", argument, got=got, needs=needs, way_out=way_out)
+
+
+def _checkpoints(roots: list[Any]) -> bool:
+    return all(root.supports_gradient_checkpointing for root in roots)
 
 
 def _checkpoint(
     model: nn.Module, asked: str, tokens: int | None, where: str, rows: list[Part]
 ) -> tuple[str, str]:
     """(mode, why) of the checkpointing that was asked for."""
-    on = {row.part for row in rows if row.on}
-    roots = pretrained_models(model, "optimize")
-    if asked == "keep-experts" and "experts" not in on:
-        raise refuse(
-            "optimize",
-            "checkpoint",
-            got="'keep-experts' with the experts left as they are",
-            needs="experts that run on fastexperts: what they keep is what our op gives",
-            way_out="Leave parts={'experts': False} out, or take checkpoint='full'.",
-        )
-    able = all(root.supports_gradient_checkpointing for root in roots)
-    if asked not in ("auto", "off") and not able:
-        raise refuse(
-            "optimize",
-            "checkpoint",
-            got=f"{asked!r} for {type(roots[0]).__name__}",
-            needs="a class with gradient checkpointing",
-            way_out="Pass checkpoint='off'.",
-        )
     if asked != "auto":
         return asked, "as asked"
-    if not able:
+    if not _checkpoints(pretrained_models(model, "optimize")):
         return "off", "the class has no gradient checkpointing"
     if tokens is None:
         return "full", "since `tokens` of a step is not given"
+    on = {row.part for row in rows if row.on}
     estimate = recompute.estimate(model, tokens, where, fused="loss" in on)
     modes = tuple(mode for mode in recompute.MODES if mode != "keep-experts" or "experts" in on)
     mode = estimate.choose(modes)
