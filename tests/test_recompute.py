@@ -171,6 +171,18 @@ def test_auto_chooses_by_the_tokens_and_says_so(monkeypatch):
     assert recomputed_share(model) == 0, "switched off again"
 
 
+def test_an_adapter_adds_little():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("qwen3_moe", "eager")
+    before = estimate(model, 100, "cpu", fused=True)
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
+    adapted = peft.get_peft_model(model, config).get_base_model()
+    after = estimate(adapted, 100, "cpu", fused=True)
+    assert after.layers == before.layers
+    assert after.fixed < before.fixed, "the base is frozen"
+
+
 def test_autocast_and_frozen_weights_count():
     model = tiny_model("qwen3_moe", "eager")
     whole = estimate(model, 100, "cpu", fused=True)

@@ -142,7 +142,7 @@ def optimize(
     rows: list[Part] = []
     for name, apply in PARTS.items():
         rows += apply(model, where) if chosen[name] else [Part(name, False, "as asked")]
-    mode, why = _checkpoint(model, checkpoint, tokens, where, rows)
+    mode, why = _checkpoint(roots, checkpoint, tokens, where, rows)
     without = sum(recompute.apply(root, mode) for root in roots)
     if without:
         why += f"; {without} layers run again without w2 and combine, whose output no backward reads"
@@ -189,17 +189,17 @@ def _checkpoints(roots: list[Any]) -> bool:
 
 
 def _checkpoint(
-    model: nn.Module, asked: str, tokens: int | None, where: str, rows: list[Part]
+    roots: list[Any], asked: str, tokens: int | None, where: str, rows: list[Part]
 ) -> tuple[str, str]:
     """(mode, why) of the checkpointing that was asked for."""
     if asked != "auto":
         return asked, "as asked"
-    if not _checkpoints(pretrained_models(model, "optimize")):
+    if not _checkpoints(roots):
         return "off", "the class has no gradient checkpointing"
     if tokens is None:
         return "full", "since `tokens` of a step is not given"
     on = {row.part for row in rows if row.on}
-    estimate = recompute.estimate(model, tokens, where, fused="loss" in on)
+    estimate = recompute.estimate(roots[0], tokens, where, fused="loss" in on)
     modes = tuple(mode for mode in recompute.MODES if mode != "keep-experts" or "experts" in on)
     mode = estimate.choose(modes)
     return mode, str(estimate) if estimate.fits(mode) else f"{estimate}: none fits"

@@ -149,7 +149,7 @@ def kept_of(layer: Any, experts: dict[str, Row], hidden: int, size: int) -> Kept
     for name, module in layer.named_modules():
         inside = any(name == other or name.startswith(other + ".") for other in experts)
         weight = module._parameters.get("weight")
-        if inside or weight is None:
+        if inside or weight is None or "lora_" in name:  # the few columns of an adapter
             continue
         if weight.dim() == 1 and len(weight) == hidden:
             rest += 2 * hidden
