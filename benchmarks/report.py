@@ -229,6 +229,14 @@ def compile_section(record: Record) -> str:
     later = table(
         ["then", "new compilations"], [[change["what"], change["new"]] for change in found["changes"]]
     )
+    # results of before it was measured have none
+    floor = found.get("floor")
+    least = (
+        f"Of a warm first step, Triton itself takes {floor['first_launch_s']:.2f} s: its import and the first\n"
+        "launch of an empty kernel that is in its cache.\n\n"
+        if floor
+        else ""
+    )
     return f"""\
 {environment_line(record)}.
 
@@ -236,7 +244,7 @@ def compile_section(record: Record) -> str:
 own (cold: an empty TRITON_CACHE_DIR).
 
 {seconds}
-After that first step, in the same process:
+{least}After that first step, in the same process:
 
 {later}"""
 
