@@ -232,8 +232,8 @@ def compile_section(record: Record) -> str:
     # results of before it was measured have none
     floor = found.get("floor")
     least = (
-        f"Of a warm first step, Triton itself takes {floor['first_launch_s']:.2f} s: its import and the first\n"
-        "launch of an empty kernel that is in its cache.\n\n"
+        f"Of a warm first step, Triton itself takes {floor['first_launch_s']:.2f} s: its import and the\n"
+        "first launch of an empty kernel that is in its cache.\n\n"
         if floor
         else ""
     )
