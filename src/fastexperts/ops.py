@@ -7,6 +7,7 @@ updates as `EXTRAS`, an absent tensor as an empty one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def moe_mlp(
             for a non-gated activation; or a `Weight`, which may carry a bias and a low-rank update, `Lora`.
         w2: down projection [E, D, F], or a `Weight`.
         activation: an `Activation` or a name in `fastexperts.ACTIVATIONS`.
-        dtype: of the products; default the autocast dtype where autocast is on, else the dtype of `x_TD`.
+        dtype: of the products; default the autocast dtype where autocast is on (which leaves fp64 alone),
+            else the dtype of `x_TD`.
             Weights of another dtype are cast for the length of a pass, and get gradients in their own dtype.
         expert_parallel: w1 and w2 hold only this rank's experts, so K may exceed E (other ids are sentinels).
 
@@ -68,7 +70,7 @@ def moe_mlp(
     if dtype is None:
         device = x_TD.device.type
         # "meta" has no autocast, and asking raises
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     tensors = (x_TD, ids_TK, weight_TK, w1.out_in, w2.out_in)
     extras, scales = flattened(w1, w2)
@@ -104,7 +106,9 @@ def restored(
         _, _, a1, b1, a2, b2 = extras
         loras = (Lora(a1, b1, scale1), Lora(a2, b2, scale2))
         lora1, lora2 = (lora.packed(dtype) if lora.a.numel() else None for lora in loras)
-        factors = (a1 if lora1 else a2).dtype
+        # none is rounded to another's: the sums are cast to each factor's own
+        own = [factor.dtype for factor in (a1, b1, a2, b2) if factor.numel()]
+        factors = functools.reduce(torch.promote_types, own, dtype)
     activation = Activation.of(act, params)
     return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, lora1, lora2, routing, activation, dtype, factors)
 
@@ -126,12 +130,13 @@ def _moe_mlp(
     num_experts = w2_EDF.shape[0]
     if settings.check_ids():
         check_ids(ids_TK, num_experts)
-    backend.check_current(x_TD.device)
     ops = backend.load(x_TD.device)
-    routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
-    layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+    with backend.current(x_TD.device):
+        routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
+        layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+        computed = forward(x_TD, layer, keep_h)
     row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3 = routing.tensors
-    return *forward(x_TD, layer, keep_h), row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
+    return *computed, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
 
 
 @_moe_mlp.fake
@@ -173,11 +178,11 @@ def _moe_mlp_backward(
     routing.
     """
     x_TD, weight_TK, w1_EGD, w2_EDF, *extras = primals
-    backend.check_current(x_TD.device)
     routing = Routing.of(kept[3:], weight_TK.shape[1])
-    layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
     every = [*needs, *[False] * (PRIMALS + len(EXTRAS) - len(needs))]
-    found = backward(dout_TD, x_TD, layer, kept[:3], every)
+    with backend.current(x_TD.device):
+        layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+        found = backward(dout_TD, x_TD, layer, kept[:3], every)
     grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
     if not extras:
         return grads
