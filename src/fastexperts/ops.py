@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastexperts import backend, settings
 from fastexperts.activations import SWIGLU, Activation, resolve
@@ -59,10 +60,11 @@ def moe_mlp(
     Returns:
         out_TD [T, D] in the dtype of `x_TD`.
 
-    Differentiable once in x_TD, weight_TK, w1, w2, their biases and the factors of their updates; a second
-    derivative raises RuntimeError. Keeps x_TD, h [P, G] in `dtype`, the weights, the routing and of an update
-    its rows [P, r] for backward. Sums are fp32 (fp64 for fp64) in a fixed order: the same inputs give bitwise
-    the same results. Raises FastexpertsError for arguments that do not fit. Formulas: docs/how-it-works.md.
+    Differentiable once, backwards, in x_TD, weight_TK, w1, w2, their biases and the factors of their updates;
+    a second derivative, or forward mode, raises RuntimeError. Keeps x_TD, h [P, G] in `dtype`, the weights,
+    the routing and of an update its rows [P, r] for backward. Sums are fp32 (fp64 for fp64) in a fixed order:
+    the same inputs give bitwise the same results. Raises FastexpertsError for arguments that do not fit.
+    Formulas: docs/how-it-works.md.
     """
     activation = resolve(activation, "moe_mlp")
     w1, w2 = as_weight(w1), as_weight(w2)
@@ -74,6 +76,8 @@ def moe_mlp(
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     tensors = (x_TD, ids_TK, weight_TK, w1.out_in, w2.out_in)
     extras, scales = flattened(w1, w2)
+    if forward_ad._current_level >= 0:
+        _no_forward_mode([*tensors, *extras])
     keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *extras))
     numbers = [*activation.params, *scales]
     out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h)
@@ -232,6 +236,15 @@ def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
     found = _moe_mlp_backward(dout_TD, primals, kept, *ctx.how, needs)
     grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return (grads[0], None, *grads[1:PRIMALS], grads[PRIMALS:], *others)
+
+
+def _no_forward_mode(tensors: Sequence[Tensor]) -> None:
+    # PyTorch would take an op without such a derivative for a constant
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "fastexperts.moe_mlp: forward-mode differentiation (torch.func.jvp, dual tensors) got a tangent; "
+            "only backward is served. Use experts_implementation='eager' for it."
+        )
 
 
 def _no_double_backward(ctx: object, *grads: Tensor) -> None:
