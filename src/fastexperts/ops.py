@@ -131,6 +131,30 @@ def _moe_mlp(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
+    return _run(x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h, unread=False)
+
+
+@op("moe_mlp_again")
+def _moe_mlp_again(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weight_TK: Tensor,
+    w1_EGD: Tensor,
+    w2_EDF: Tensor,
+    extras: list[Tensor],
+    act: str,
+    numbers: list[float],
+    dtype: torch.dtype,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `moe_mlp` gives, but for `out_TD`, which is NaN: where gradient checkpointing computes a layer
+    again whose backward does not read it (hf/unread.py).
+    """
+    return _run(x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h, unread=True)
+
+
+def _run(*inputs: Any, unread: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h = inputs
     num_experts = w2_EDF.shape[0]
     if settings.check_ids():
         check_ids(ids_TK, num_experts)
@@ -138,11 +162,12 @@ def _moe_mlp(
     with backend.current(x_TD.device):
         routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
         layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
-        computed = forward(x_TD, layer, keep_h)
+        computed = forward(x_TD, layer, keep_h, unread)
     row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3 = routing.tensors
     return *computed, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
 
 
+@_moe_mlp_again.fake
 @_moe_mlp.fake
 def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
     _, w1_EGD, _, extras, _, _, dtype, keep_h = others

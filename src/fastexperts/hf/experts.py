@@ -67,7 +67,7 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
     (`hf.outside`) get another forward, which `hf.outside.restore` takes away.
     """
     register()
-    roots = _pretrained_models(model)
+    roots = pretrained_models(model, "enable")
     modules = interface_modules(model)
     rows = {name: _row(model, name, module) for name, module in modules.items()}
     unswitchable = {id(modules[name].config): row for name, row in rows.items() if not row.served}
@@ -271,8 +271,8 @@ def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: boo
         )
 
 
-def _pretrained_models(model: object) -> list[Any]:
-    """The topmost transformers models in `model`."""
+def pretrained_models(model: object, where: str) -> list[Any]:
+    """The topmost transformers models in `model`; raises FastexpertsError for `where` if there is none."""
     from transformers import PreTrainedModel
 
     found: dict[str, Any] = {}
@@ -282,7 +282,7 @@ def _pretrained_models(model: object) -> list[Any]:
             found[name] = module
     if not found:
         raise refuse(
-            "enable",
+            where,
             "model",
             got=type(model).__name__,
             needs="a transformers PreTrainedModel, or a wrapper of one",

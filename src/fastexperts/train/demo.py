@@ -36,7 +36,7 @@ training:
   learning_rate: 4e-3
   scheduler: cosine
   warmup: 0.05
-  gradient_checkpointing: false # a small model has the memory
+  checkpoint: off # a small model has the memory
   logging_steps: {logging_steps}
   eval_steps: {eval_steps}
   save_steps: {steps}

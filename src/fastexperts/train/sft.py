@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.checkpoint import new_folder
-from fastexperts.hf.experts import enable
+from fastexperts.hf.optimize import Part, StepSummary, optimize
 from fastexperts.metrics.routing_health import ExpertLoad
 from fastexperts.train.adapter import adapter_of, check_saved
 from fastexperts.train.data import check_isolation, load_documents
@@ -108,7 +108,9 @@ def _prepare(
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
     _check_auxiliary_loss(recipe.training, model.config.get_text_config())
-    console.print(str(enable(model, verbose=False)), highlight=False, soft_wrap=True)
+    if recipe.training.method == "lora":
+        model.requires_grad_(False)  # as PEFT will, and as the estimate of memory has to count
+    console.print(str(_optimize(recipe, model)), highlight=False, soft_wrap=True)
     adapter = None
     if recipe.training.method == "lora":
         adapter, summary = adapter_of(recipe.lora, model)
@@ -124,6 +126,25 @@ def _prepare(
     if adapter is not None and recipe.model.config is not None:
         _keep_base(recipe, trainer, tokenizer, dtype)
     return trainer, start.checkpoint, console
+
+
+def _optimize(recipe: Recipe, model: Any) -> StepSummary:
+    """Put the fast parts in; the loss is the trainer's, and the attention backend the recipe's."""
+    settings = recipe.training
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(where, dtype=torch.bfloat16, enabled=_autocasts(settings)):
+        summary = optimize(
+            model,
+            parts={
+                **settings.optimize.model_dump(),
+                "loss": False,
+                "attention": recipe.model.attention == "sdpa",
+            },
+            checkpoint=settings.checkpoint,
+            tokens=settings.batch_size * recipe.data.max_length,
+            verbose=False,
+        )
+    return summary.with_row(Part("loss", True, "TRL's own fused LM head"))
 
 
 def make_trainer(
@@ -195,7 +216,7 @@ def sft_config(recipe: Recipe) -> Any:
         optim=settings.optimizer,
         seed=settings.seed,
         data_seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=False,  # the model has it already, as `optimize` has set it
         bf16=_autocasts(settings),
         use_cpu=not torch.cuda.is_available(),
         router_aux_loss_coef=settings.router_aux_loss_coef,
