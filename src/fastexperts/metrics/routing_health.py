@@ -130,6 +130,7 @@ class RoutingHealth(TrainerCallback):
             if args.n_gpu > 1
             else None
         )
+        self.table = RoutingTable(list(load.layers), load.experts, load.counts())
         if reason is not None:
             self._say_first(args, f"Routing health is not logged: {reason}")
             return
@@ -144,7 +145,6 @@ class RoutingHealth(TrainerCallback):
         self._tokens, self._load, self._routers = tokens, load, routers
         for each in (tokens, routers, load):
             each.start()
-        self.table = RoutingTable(list(load.layers), load.experts, load.counts())
         if state.global_step > 0:
             self.table.take_up(Path(args.output_dir) / FILE, state.global_step)
         self._suspected, self._warned = [0] * len(load.layers), set()

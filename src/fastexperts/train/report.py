@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fastexperts.errors import FastexpertsError
-from fastexperts.metrics.routing_health import imbalance
 from fastexperts.train.recipe import Recipe
 from fastexperts.train.sft import TrainResult
 
@@ -35,8 +34,7 @@ def describe_run(recipe: Recipe, result: TrainResult) -> dict[str, Any]:
         "losses": result.losses,
         "eval_losses": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         "performance": _medians(history),
-        "expert_load": result.load_LE.tolist(),
-        "expert_imbalance": imbalance(result.load_LE),
+        "routing": result.routing.as_json(),
     }
 
 

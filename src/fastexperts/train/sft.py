@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from rich.console import Console
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.checkpoint import new_folder
 from fastexperts.hf.experts import enable
-from fastexperts.metrics.routing_health import ExpertLoad
+from fastexperts.metrics.routing_health import RoutingHealth, RoutingTable
 from fastexperts.train.adapter import adapter_of, check_saved
 from fastexperts.train.data import check_isolation, load_documents
 from fastexperts.train.models import load_model, load_tokenizer
@@ -33,8 +32,8 @@ class TrainResult:
 
     trainer: Any
     """TRL's trainer, as `train` left it: model, optimizer, `state.log_history`."""
-    load_LE: torch.Tensor
-    """Routed tokens per layer and expert, of all processes, since this process started or resumed."""
+    routing: RoutingTable
+    """What its routers did, layer by layer."""
     folder: Path
     """The run's folder: `recipe.yaml`, `checkpoint-<step>`, the trained `model`, and with `method: lora` from
     scratch the `base` of the adapter.
@@ -44,6 +43,11 @@ class TrainResult:
     def model_folder(self) -> Path:
         """The trained model, or adapter, and the tokenizer, as `save_pretrained` writes them."""
         return self.folder / MODEL_FOLDER
+
+    @property
+    def load_LE(self) -> torch.Tensor:
+        """Routed tokens per layer and expert, of all processes, since this process started or resumed."""
+        return self.routing.load_LE
 
     @property
     def losses(self) -> list[tuple[int, float]]:
@@ -70,17 +74,14 @@ def train(
     Raises FastexpertsError for whatever cannot be served as asked.
     """
     trainer, checkpoint, console = _prepare(recipe, resume, console or Console(), callbacks)
-    with ExitStack() as stack:
-        load = stack.enter_context(ExpertLoad(trainer.model))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    load_LE = trainer.accelerator.reduce(load.counts().to(trainer.args.device), reduction="sum").cpu()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     folder = Path(recipe.output_dir)
     trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.accelerator.wait_for_everyone()
     if recipe.training.method == "lora":
         for note in _on_first_rank(trainer.args, lambda: _read_back(trainer, folder / MODEL_FOLDER)):
             console.print(note, highlight=False, soft_wrap=True)
-    return TrainResult(trainer, load_LE, folder)
+    return TrainResult(trainer, _routing(trainer), folder)
 
 
 def _prepare(
@@ -135,7 +136,7 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     adapter: Any = None,
 ) -> Any:
-    """TRL's SFTTrainer over checked documents, with our progress bar, our meter and our resume.
+    """TRL's SFTTrainer over checked documents, with our progress bar, our meters and our resume.
 
     adapter: a `peft.LoraConfig`, if one is trained.
     """
@@ -158,7 +159,8 @@ def make_trainer(
     except (ValueError, RuntimeError, ImportError) as error:
         raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
-    PerformanceCallback(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
+    for meter in (PerformanceCallback, RoutingHealth):
+        meter(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",
@@ -168,6 +170,12 @@ def make_trainer(
             way_out="Give more text, or a larger `data.max_length`.",
         )
     return fix_resume(trainer)
+
+
+def _routing(trainer: Any) -> RoutingTable:
+    """What `make_trainer`'s RoutingHealth saw."""
+    tables = (each.table for each in trainer.callback_handler.callbacks if isinstance(each, RoutingHealth))
+    return next(table for table in tables if table is not None)
 
 
 def sft_config(recipe: Recipe) -> Any:
