@@ -119,7 +119,7 @@ def collapsed(how):
     model = tiny_model("qwen3_moe", "eager")
     with torch.no_grad():
         if how == "load":
-            # Two rows and their opposites: the larger of each pair wins, and the others never do.
+            # All logits are alike, and of those top-k takes the same ones for every token.
             model.model.layers[1].mlp.gate.weight.zero_()
         else:
             model.model.layers[1].mlp.gate.weight *= 1e3

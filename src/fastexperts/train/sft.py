@@ -116,6 +116,8 @@ def _prepare(
         console.print(str(summary), highlight=False, soft_wrap=True)
         set_seed(recipe.training.seed)  # the trainer seeds itself after it has drawn the adapter
     trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks, adapter)
+    if recipe.training.balancing is not None:
+        trainer.add_callback(_balancing(recipe.training.balancing.rate, model, console))
     if adapter is not None and recipe.lora.experts and recipe.lora.check_gradients:
         _check_gradients(trainer, console)
     if recipe.data.packing:
@@ -170,6 +172,13 @@ def make_trainer(
             way_out="Give more text, or a larger `data.max_length`.",
         )
     return fix_resume(trainer)
+
+
+def _balancing(rate: float, model: Any, console: Console) -> Any:
+    from fastexperts.train.balancing import LossFreeBalancing, find_biases
+
+    find_biases(model)  # refused here, before the run's folder is claimed
+    return LossFreeBalancing(rate, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
 
 
 def _routing(trainer: Any) -> RoutingTable:
