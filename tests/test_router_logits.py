@@ -44,7 +44,12 @@ def expected(logits_TE, kind, keep_T):
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("qwen3_moe", "softmax"), ("mixtral", "softmax"), ("deepseek_v3", "sigmoid"), ("ernie4_5_moe", "softmax")],
+    [
+        ("qwen3_moe", "softmax"),
+        ("mixtral", "softmax"),
+        ("deepseek_v3", "sigmoid"),
+        ("ernie4_5_moe", "softmax"),
+    ],
 )
 def test_the_sums_are_those_of_recorded_logits(family, kind):
     model = tiny_model(family, "eager").train()

@@ -57,7 +57,12 @@ def test_a_trainer_s_logs_have_them(tmp_path, checkpointing):
     model, tracker, said = tiny_model("qwen3_moe", "eager"), Tracker(), []
     # At a learning rate of zero the model stays as it is, and every log can be computed again.
     trainer = trainer_of(
-        tmp_path, model, [tracker], gradient_checkpointing=checkpointing, learning_rate=0.0, eval_strategy="epoch"
+        tmp_path,
+        model,
+        [tracker],
+        gradient_checkpointing=checkpointing,
+        learning_rate=0.0,
+        eval_strategy="epoch",
     )
     health = RoutingHealth(say=said.append)
     assert health.attach(trainer) is health
@@ -126,11 +131,18 @@ def collapsed(how):
     return model
 
 
-@pytest.mark.parametrize(("how", "words"), [("load", "100% of the tokens"), ("entropy", "its entropy is 0.0")])
+@pytest.mark.parametrize(
+    ("how", "words"), [("load", "100% of the tokens"), ("entropy", "its entropy is 0.0")]
+)
 def test_a_collapse_is_said_once_with_the_layer_s_name(tmp_path, how, words):
     said = []
     trainer = trainer_of(
-        tmp_path, collapsed(how), gradient_accumulation_steps=1, max_steps=4, learning_rate=0.0, logging_steps=1
+        tmp_path,
+        collapsed(how),
+        gradient_accumulation_steps=1,
+        max_steps=4,
+        learning_rate=0.0,
+        logging_steps=1,
     )
     RoutingHealth(say=said.append).attach(trainer)
     trainer.train()
@@ -167,8 +179,7 @@ def test_what_has_no_routers_is_said(tmp_path):
     RoutingHealth(say=said.append).attach(trainer)
     trainer.train()
     assert said == [
-        "Router entropy and logits are not logged for 2 of 2 layers: "
-        "transformers does not tell where their logits are."
+        "Router entropy and logits are not logged for 2 of 2 layers: transformers does not tell where they are."
     ]
     for entry in logged(trainer):
         assert "routing/max_violation" in entry

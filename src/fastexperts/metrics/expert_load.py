@@ -21,8 +21,10 @@ class ExpertLoad:
     """
 
     def __init__(self, model: nn.Module, tokens: TrainedTokens | None = None) -> None:
-        """tokens: what tells the model's trained tokens, if another has started it; default: one of its own."""
-        self.layers: dict[str, Any] = {n: module for n, module in model.named_modules() if _is_experts(module)}
+        """tokens: what tells the trained ones, if somebody else starts and stops it; default: its own."""
+        self.layers: dict[str, Any] = {
+            n: module for n, module in model.named_modules() if _is_experts(module)
+        }
         self.experts = [_experts(module) for module in self.layers.values()]
         """Experts of each layer, on all processes if they are spread over several."""
         self.top_k: dict[str, int] = {}
@@ -63,7 +65,9 @@ class ExpertLoad:
 
     def table(self, device: torch.device) -> Tensor:
         """`counts` on `device`: nothing waits for it if it is the model's."""
-        table_LE = torch.zeros(len(self.experts), max(self.experts, default=0), dtype=torch.int64, device=device)
+        table_LE = torch.zeros(
+            len(self.experts), max(self.experts, default=0), dtype=torch.int64, device=device
+        )
         for row_E, name, experts in zip(table_LE, self.layers, self.experts, strict=True):
             if name in self._counts:
                 row_E[:experts].copy_(self._counts[name][:experts])
@@ -106,7 +110,7 @@ def _experts(module: Any) -> int:
     """The number of experts among which ids given to `module` choose."""
     if not getattr(module, "_is_expert_parallel", False):
         return int(module.num_experts)
-    # `num_experts` is then of this process alone, while ids passed to the module are of all; so is a DTensor's
-    # shape. A parametrization, as LoRA adds one, is not evaluated.
+    # `num_experts` is then of this process alone, while ids passed to the module are of all processes, as a
+    # DTensor's shape is. A parametrization, as LoRA adds one, is not evaluated.
     down = module._parameters.get("down_proj")
     return int((module.parametrizations["down_proj"].original if down is None else down).shape[0])

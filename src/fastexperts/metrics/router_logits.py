@@ -43,11 +43,11 @@ class RouterLogits:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any], tokens: TrainedTokens) -> None:
-        """layers: name -> experts module, as of `ExpertLoad`; tokens: what tells the trained ones, started."""
+        """layers: name -> experts module, as of `ExpertLoad`; tokens: what tells the trained ones."""
         self.routers = find_routers(model, layers)
         """Name of an experts module -> its router; without those that are not found."""
         self.columns: dict[str, int] = {}
-        """Probabilities of a token by layer, once one has been seen: experts, and what else it chooses among."""
+        """What a token of each layer chooses among, once one was seen: experts, and what else there is."""
         self._layers, self._tokens = layers, tokens
         self._handles: list[RemovableHandle] = []
         self._sums: dict[str, Tensor] = {}
@@ -70,7 +70,7 @@ class RouterLogits:
         self._logits.clear()
 
     def table(self, device: torch.device) -> Tensor:
-        """[layers, 3] fp64 on `device`, since the last reset: tokens, sum of entropies (nats), of mean squares.
+        """[layers, 3] fp64 on `device`: tokens, the sum of their entropies (nats) and of their mean squares.
 
         The last is NaN where a router gives probabilities and no logits.
         """
@@ -130,9 +130,9 @@ def entropy(scores_TE: Tensor) -> Tensor:
 
 
 def nearest_score(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> str:
-    """Of SCORES the name of the one that gives `weight_TK`, up to a factor for each token; waits for the device.
+    """Of SCORES the name of the one that gives `weight_TK`, up to a factor for each token.
 
-    Softmax where none does: some routers mask or sample (phimoe).
+    Softmax where none does: some routers mask or sample (phimoe). Waits for the device.
     """
     index_TK = index_TK.clamp(0, logits_TE.shape[-1] - 1)
     errors = {}
@@ -151,7 +151,7 @@ def _shares(weight_TK: Tensor) -> Tensor:
 
 
 def find_routers(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Router]:
-    """Name of an experts module of `layers` -> its router: beside it, and of a class that transformers records."""
+    """Name of an experts module -> its router: beside it, and of a class that transformers records."""
     recorded = dict(_recorded(model))
     beside = {_block(name): name for name in layers}
     found = {}
@@ -163,7 +163,7 @@ def find_routers(model: nn.Module, layers: Mapping[str, Any]) -> dict[str, Route
 
 
 def _recorded(model: nn.Module) -> Iterator[tuple[type, int]]:
-    """(class, index) of each output that transformers records as router logits, in `model` and its sub-models."""
+    """(class, index) of the outputs that transformers records as router logits, of sub-models too."""
     for module in model.modules():
         recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
         for recorder in recorders if isinstance(recorders, (list, tuple)) else (recorders,):

@@ -82,8 +82,8 @@ class RoutingHealth(TrainerCallback):
         (ST-MoE, arXiv 2202.08906, whose z-loss holds them down)
 
     The mean over layers has the plain name, `routing/load_cv`; the worst layer's value ends in `_worst`.
-    `routing/worst_layer` is the number in the name of the layer with the largest max_violation. `table` has every
-    layer; the first process writes it into the run's folder, `routing_health.json`, at each save and at the end.
+    `routing/worst_layer` is the number in the name of the layer with the largest max_violation. `table` has
+    every layer; the first process writes it into the run's folder at each save and at the end, as FILE.
 
     A router has collapsed if, `patience` logs in a row, its busiest expert gets more than `max_share` of the
     tokens, or if its normalized entropy is below `min_entropy`. Said once for each layer.
@@ -140,7 +140,7 @@ class RoutingHealth(TrainerCallback):
             self._say_first(
                 args,
                 f"Router entropy and logits are not logged for {lacking} of {len(load.layers)} layers: "
-                "transformers does not tell where their logits are.",
+                "transformers does not tell where they are.",
             )
         self._tokens, self._load, self._routers = tokens, load, routers
         for each in (tokens, routers, load):
@@ -222,11 +222,12 @@ class RoutingHealth(TrainerCallback):
 
 def load_values(load_LE: Tensor, experts: list[int], top_k: list[int]) -> dict[str, Values]:
     """What `load_LE` [layers, experts] says of each layer, which has `experts` of its columns."""
-    found: dict[str, Values] = {name: [] for name in ("load_cv", "max_violation", "dead_experts", "max_share")}
+    names = ("load_cv", "max_violation", "dead_experts", "max_share")
+    found: dict[str, Values] = {name: [] for name in names}
     for row_E, size, k in zip(load_LE.double(), experts, top_k, strict=True):
         load_E = row_E[:size]
         mean = float(load_E.mean())
-        values: tuple[float | None, ...] = (None,) * 4
+        values: tuple[float | None, ...] = (None,) * len(names)
         if mean > 0:
             busiest = float(load_E.max())
             deviation = float(load_E.std(correction=0))
@@ -250,16 +251,15 @@ def router_values(router_L3: Tensor, columns: list[int]) -> dict[str, Values]:
 
 
 def summarize(layers: list[str], by_layer: dict[str, Values]) -> dict[str, float]:
-    """What is logged of the layers' values: mean and worst of each that is known, and which layer is worst."""
+    """What is logged of the layers' values: mean and worst of what is known, and which layer is worst."""
     logged: dict[str, float] = {}
     for name, worst in WORST.items():
         known = [value for value in by_layer[name] if value is not None]
         if known:
             logged |= {f"routing/{name}": sum(known) / len(known), f"routing/{name}_worst": worst(known)}
-    violations = by_layer["max_violation"]
-    known = [layer for layer, value in enumerate(violations) if value is not None]
-    if known:
-        position = max(known, key=lambda layer: violations[layer] or 0.0)
-        number = re.search(r"\.(\d+)\.", layers[position])
-        logged["routing/worst_layer"] = float(number[1]) if number else float(position)
+    violations = zip(by_layer["max_violation"], layers, strict=True)
+    worst_of_all = max(((value, name) for value, name in violations if value is not None), default=None)
+    number = re.search(r"\.(\d+)\.", worst_of_all[1]) if worst_of_all else None
+    if number:
+        logged["routing/worst_layer"] = float(number[1])
     return logged

@@ -79,12 +79,12 @@ class TrainedTokens:
 
     def counts(self, module: nn.Module) -> bool:
         """Whether the forward of `module` that is running trains."""
-        # In a backward, a forward is gradient checkpointing's recomputation: its tokens are counted. Its first
-        # pass may run without gradients, so it is the model's call that tells.
+        # In a backward, a forward is gradient checkpointing's recomputation: its tokens are counted. The
+        # first pass may run without gradients, so it is the model's call that tells.
         return module.training and self._trains and torch._C._current_graph_task_id() == -1
 
     def keep(self, rows: int, device: torch.device) -> Tensor | None:
-        """[rows] bool on `device`, False for padding; None where all count, or rows are no tokens of the batch."""
+        """[rows] bool on `device`, False for padding; None where all count, or rows are no batch's tokens."""
         if self._keep is None or self._keep.numel() != rows:
             return None
         return self._keep.to(device)

@@ -23,7 +23,7 @@ from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.metrics.expert_load import ExpertLoad
 
 NAMES = ("e_score_correction_bias", "expert_bias")
-"""What families call the bias; it is a buffer, or a parameter without gradients, of the router or beside it."""
+"""What families call the bias: a buffer, or a parameter without gradients, of the router or beside it."""
 RATE = 1e-3
 """DeepSeek-V3's."""
 
@@ -58,15 +58,15 @@ class LossFreeBalancing(TrainerCallback):
 
         trainer = SFTTrainer(model, callbacks=[LossFreeBalancing()], ...)
 
-    The load is that of an optimizer step: of all micro-steps and processes, without padding. The bias is part of
-    the model, so that checkpoints have it, and a run that is continued goes on with it.
+    The load is that of an optimizer step: of all micro-steps and processes, without padding. The bias is part
+    of the model, so that checkpoints have it, and a run that is continued goes on with it.
 
-    Raises FastexpertsError as training begins if the model has no such bias, or one that would not be saved or
-    moved.
+    Raises FastexpertsError as training begins if the model has no such bias, or one that cannot be moved or
+    would not be saved.
     """
 
     def __init__(self, rate: float = RATE, *, say: Callable[[str], object] = print) -> None:
-        """rate: what a bias moves in a step. `say` gets a line with what is balanced, on the first process."""
+        """rate: what a bias moves in a step. `say` gets a line with what is balanced, once."""
         if not 0 < rate <= 1:
             way_out = f"Leave it out for {RATE}, DeepSeek-V3's."
             raise refuse("LossFreeBalancing", "rate", got=rate, needs="above 0, up to 1", way_out=way_out)
@@ -142,7 +142,7 @@ def find_biases(model: nn.Module) -> dict[str, Bias]:
             "model",
             got=_instead(model),
             needs=f"routers with {' or '.join(NAMES)}, as DeepSeek-V3 and its like have",
-            way_out="Leave balancing out; an auxiliary loss (`router_aux_loss_coef`) balances other families.",
+            way_out="Leave balancing out; other families have an auxiliary loss (`router_aux_loss_coef`).",
         )
     return found
 
@@ -150,8 +150,8 @@ def find_biases(model: nn.Module) -> dict[str, Bias]:
 def _instead(model: nn.Module) -> str:
     if any(name.endswith("balancing_biases") for name, _ in model.named_buffers()):
         return (
-            "balancing_biases (zaya), whose last entry transformers' from_pretrained writes over, so that what is "
-            "saved is not what is loaded"
+            "balancing_biases (zaya), whose last entry transformers' from_pretrained writes over, so that what "
+            "is saved is not what is loaded"
         )
     return f"{type(model).__name__} without one"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +44,6 @@ class TrainResult:
     def model_folder(self) -> Path:
         """The trained model, or adapter, and the tokenizer, as `save_pretrained` writes them."""
         return self.folder / MODEL_FOLDER
-
-    @property
-    def load_LE(self) -> torch.Tensor:
-        """Routed tokens per layer and expert, of all processes, since this process started or resumed."""
-        return self.routing.load_LE
 
     @property
     def losses(self) -> list[tuple[int, float]]:
@@ -109,6 +105,7 @@ def _prepare(
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
     _check_auxiliary_loss(recipe.training, model.config.get_text_config())
+    callbacks = [*callbacks, *_balancing(recipe.training, model, console)]
     console.print(str(enable(model, verbose=False)), highlight=False, soft_wrap=True)
     adapter = None
     if recipe.training.method == "lora":
@@ -116,8 +113,6 @@ def _prepare(
         console.print(str(summary), highlight=False, soft_wrap=True)
         set_seed(recipe.training.seed)  # the trainer seeds itself after it has drawn the adapter
     trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks, adapter)
-    if recipe.training.balancing is not None:
-        trainer.add_callback(_balancing(recipe.training.balancing.rate, model, console))
     if adapter is not None and recipe.lora.experts and recipe.lora.check_gradients:
         _check_gradients(trainer, console)
     if recipe.data.packing:
@@ -162,7 +157,7 @@ def make_trainer(
         raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
     for meter in (PerformanceCallback, RoutingHealth):
-        meter(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
+        meter(say=_sayer(console)).attach(trainer)
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",
@@ -174,11 +169,17 @@ def make_trainer(
     return fix_resume(trainer)
 
 
-def _balancing(rate: float, model: Any, console: Console) -> Any:
+def _sayer(console: Console) -> Callable[[str], object]:
+    return partial(console.print, highlight=False, soft_wrap=True)
+
+
+def _balancing(settings: TrainingSettings, model: Any, console: Console) -> list[Any]:
     from fastexperts.train.balancing import LossFreeBalancing, find_biases
 
-    find_biases(model)  # refused here, before the run's folder is claimed
-    return LossFreeBalancing(rate, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    if settings.balancing is None:
+        return []
+    find_biases(model)  # what is refused is refused before anything is written
+    return [LossFreeBalancing(settings.balancing.rate, say=_sayer(console))]
 
 
 def _routing(trainer: Any) -> RoutingTable:
@@ -301,7 +302,7 @@ def _check_gradients(trainer: Any, console: Console) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         console.print("Gradients: those of experts' factors are not checked under FSDP or DeepSpeed.")
         return
-    trainer.add_callback(ExpertGradients(lambda line: console.print(line, highlight=False, soft_wrap=True)))
+    trainer.add_callback(ExpertGradients(_sayer(console)))
 
 
 def _keep_base(recipe: Recipe, trainer: Any, tokenizer: Any, dtype: torch.dtype) -> None:
