@@ -210,7 +210,7 @@ class Sharded(torch.Tensor):
     ("model", "words"),
     [
         (without, "MixtralForCausalLM without one.*router_aux_loss_coef"),
-        (adapted, "an adapter does not save.*Leave balancing out"),
+        (adapted, "adapters, which do not save.*Leave balancing out"),
         (
             lambda: with_bias(nn.Buffer(torch.zeros(8, dtype=torch.bfloat16))),
             "bfloat16.*Load the model in float32",

@@ -179,7 +179,7 @@ def test_what_has_no_routers_is_said(tmp_path):
     RoutingHealth(say=said.append).attach(trainer)
     trainer.train()
     assert said == [
-        "Router entropy and logits are not logged for 2 of 2 layers: transformers does not tell where they are."
+        "Router logits are not logged for 2 of 2 layers: transformers does not tell where they are."
     ]
     for entry in logged(trainer):
         assert "routing/max_violation" in entry

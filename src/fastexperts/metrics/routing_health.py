@@ -123,15 +123,13 @@ class RoutingHealth(TrainerCallback):
         self._stop()
         tokens = TrainedTokens(model)
         load = ExpertLoad(model, tokens)
-        reason = (
-            "the model has no experts in transformers' interface."
-            if not load.layers
-            else "DataParallel runs copies of the model. Start a process for each GPU."
-            if args.n_gpu > 1
-            else None
-        )
         self.table = RoutingTable(list(load.layers), load.experts, load.counts())
-        if reason is not None:
+        if not load.layers:
+            reason = "the model has no experts in transformers' interface."
+            self._say_first(args, f"Routing health is not logged: {reason}")
+            return
+        if args.n_gpu > 1:
+            reason = "DataParallel runs copies of the model. Start a process for each GPU."
             self._say_first(args, f"Routing health is not logged: {reason}")
             return
         routers = RouterLogits(model, load.layers, tokens)
@@ -139,7 +137,7 @@ class RoutingHealth(TrainerCallback):
         if lacking:
             self._say_first(
                 args,
-                f"Router entropy and logits are not logged for {lacking} of {len(load.layers)} layers: "
+                f"Router logits are not logged for {lacking} of {len(load.layers)} layers: "
                 "transformers does not tell where they are.",
             )
         self._tokens, self._load, self._routers = tokens, load, routers

@@ -10,7 +10,6 @@ gradient speaks against the data's (arXiv 2408.15664; DeepSeek-V3 report, arXiv 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,24 +117,31 @@ class LossFreeBalancing(TrainerCallback):
 
 
 def find_biases(model: nn.Module) -> dict[str, Bias]:
-    """Name of an experts module -> the bias of its router's choice, by its name and place in the model.
+    """Name of an experts module -> the bias of its router's choice, told by name and place in the model.
 
     Raises FastexpertsError if there is none, or one that cannot be balanced.
     """
-    layers = {re.sub(r"(\.base_layer)+$", "", name): name for name in ExpertLoad(model).layers}
-    experts = dict(zip(layers, ExpertLoad(model).experts, strict=True))
-    found: dict[str, Bias] = {}
+    if hasattr(model, "peft_config"):
+        raise refuse(
+            "LossFreeBalancing",
+            "model",
+            got="adapters, which do not save the biases of the frozen model",
+            needs="a model that is trained in full",
+            way_out="Leave balancing out with adapters.",
+        )
+    load, found = ExpertLoad(model), dict[str, Bias]()
+    experts = dict(zip(load.layers, load.experts, strict=True))
     for path, module in model.named_modules():
         for attribute in NAMES:
             if getattr(module, attribute, None) is None:
                 continue
             name = f"{path}.{attribute}"
             # A router and the biases in it lie beside the experts, or they are the block's that has them.
-            beside = [layer for layer in layers if name.startswith(layer.rpartition(".")[0] + ".")]
+            beside = [layer for layer in experts if name.startswith(layer.rpartition(".")[0] + ".")]
             if beside:
                 layer = max(beside, key=len)
-                bias = found[layers[layer]] = Bias(name, layers[layer], module, attribute)
-                _check(model, bias, experts[layer])
+                found[layer] = Bias(name, layer, module, attribute)
+                _check(found[layer], experts[layer])
     if not found:
         raise refuse(
             "LossFreeBalancing",
@@ -150,22 +156,14 @@ def find_biases(model: nn.Module) -> dict[str, Bias]:
 def _instead(model: nn.Module) -> str:
     if any(name.endswith("balancing_biases") for name, _ in model.named_buffers()):
         return (
-            "balancing_biases (zaya), whose last entry transformers' from_pretrained writes over, so that what "
-            "is saved is not what is loaded"
+            "balancing_biases (zaya), whose last entry transformers' from_pretrained writes over, so that "
+            "what is saved is not what is loaded"
         )
     return f"{type(model).__name__} without one"
 
 
-def _check(model: nn.Module, bias: Bias, experts: int) -> None:
+def _check(bias: Bias, experts: int) -> None:
     value = bias.value
-    if hasattr(model, "peft_config"):
-        raise refuse(
-            "LossFreeBalancing",
-            bias.name,
-            got="a bias of the frozen base model, which an adapter does not save",
-            needs="a model that is trained in full",
-            way_out="Leave balancing out with adapters.",
-        )
     if type(value) not in (Tensor, nn.Parameter) or value.numel() != experts:
         raise refuse(
             "LossFreeBalancing",
