@@ -144,7 +144,7 @@ def test_a_collapse_is_said_once_with_the_layer_s_name(tmp_path, how, words):
         learning_rate=0.0,
         logging_steps=1,
     )
-    RoutingHealth(say=said.append).attach(trainer)
+    RoutingHealth(say=said.append, patience=3).attach(trainer)
     trainer.train()
     assert len(said) == 1
     assert said[0].startswith("Router collapse: model.layers.1.mlp.experts: ")

@@ -94,7 +94,7 @@ class RoutingHealth(TrainerCallback):
         *,
         max_share: float = 0.9,
         min_entropy: float = 0.05,
-        patience: int = 3,
+        patience: int = 10,
         say: Callable[[str], object] = print,
     ) -> None:
         """`say` gets warnings, and what cannot be logged, on the first process."""
@@ -103,7 +103,7 @@ class RoutingHealth(TrainerCallback):
                 way_out = "Leave it out for the default."
                 raise refuse("RoutingHealth", name, got=value, needs="a share, 0 to 1", way_out=way_out)
         if patience < 1:
-            way_out = "Leave it out for 3."
+            way_out = "Leave it out for the default."
             raise refuse("RoutingHealth", "patience", got=patience, needs="logs, at least 1", way_out=way_out)
         self.table: RoutingTable | None = None
         self._max_share, self._min_entropy, self._patience, self._say = max_share, min_entropy, patience, say

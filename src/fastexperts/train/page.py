@@ -30,9 +30,7 @@ h2 { margin: 0 0 8px; font-size: 17px; }
 .tiles b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; }
 .tiles span, .note { color: #666c73; font-size: 13px; }
 section { margin-top: 16px; overflow-x: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; }
-.pair section { margin-top: 16px; }
-.pair + section { margin-top: 16px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; align-items: start; }
 img { display: block; width: 100%; height: auto; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; }
 td, th { padding: 4px 12px 4px 0; border-top: 1px solid #eeeeea; text-align: left; vertical-align: top; }
@@ -56,7 +54,7 @@ def check_plotting() -> None:
 
 
 def write_report(folder: Path, report: dict[str, Any], title: str) -> str:
-    """Write `report` into `folder`: `report.json`, and `report.html` if matplotlib is there. Says what is there."""
+    """Write `report.json` into `folder`, and `report.html` if matplotlib is installed. Returns what it wrote."""
     write_json(folder / "report.json", report)
     if (reason := missing()) is not None:
         return f"report.json; no report.html: {reason}"
@@ -65,46 +63,56 @@ def write_report(folder: Path, report: dict[str, Any], title: str) -> str:
 
 
 def page(report: Mapping[str, Any], title: str) -> str:
-    """The page of what `describe_run` gives, and of the demo's `checks` and `samples`; it depends on these alone."""
+    """The page of what `describe_run` gives, and of the demo's `checks` and `samples`."""
     series = report["series"]
     body = [
         f"<h1>{escape(title)}</h1><p class='under'>{escape(_subtitle(report))}</p>",
         _tiles(report),
         _section("Loss", _image(plot_loss(report["losses"], report["eval_losses"]), "the loss of each step")),
+        *_proof(report),
         _pair(_throughput(series), _mfu(report)),
         *_routing(report),
-        *_proof(report),
         _section("Settings", _table(_flat(report["recipe"]))),
         _section("Versions", _table(_versions(report))),
     ]
     head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body><main>\n{chr(10).join(body)}\n</main></body></html>\n"
+    inside = "\n".join(body)
+    return (
+        f"<!doctype html>\n<html lang='en'><head>{head}</head>\n<body><main>{inside}</main></body></html>\n"
+    )
 
 
 def plot_loss(losses: Points, eval_losses: Points) -> Any:
     """The loss of training and evaluation."""
     lines = {"training": losses} | ({"evaluation": eval_losses} if eval_losses else {})
-    return plot_lines(lines, "nats per token", width=10, marked=("evaluation",))
+    return plot_lines(lines, "nats per token", width=10, marked="evaluation", from_zero=False)
 
 
 def plot_lines(
-    lines: Mapping[str, Points], label: str, *, width: float = 5, marked: Iterable[str] = (), bottom: float | None = None
+    lines: Mapping[str, Points],
+    label: str = "",
+    *,
+    width: float = 5,
+    marked: str = "",
+    from_zero: bool = True,
 ) -> Any:
-    """Values over steps; the names are explained if there are several."""
+    """Values over steps, a line for each name, with dots for the `marked` one."""
     figure, axes = _figure(width, 3)
     for name, points in lines.items():
         steps, values = zip(*points, strict=True) if points else ((), ())
-        axes.plot(steps, values, "o-" if name in marked or len(points) == 1 else "-", label=name, markersize=4)
+        # A single point makes no line.
+        style = "o-" if name == marked or len(points) == 1 else "-"
+        axes.plot(steps, values, style, label=name, markersize=4)
     axes.set(xlabel="step", ylabel=label)
-    if bottom is not None:
-        axes.set_ylim(bottom=bottom)
+    if from_zero:
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     if len(lines) > 1:
         axes.legend(frameon=False)
     return figure
 
 
 def plot_load(load_LE: Sequence[Sequence[int]], experts: Sequence[int], layers: Sequence[str]) -> Any:
-    """Each expert's tokens over the mean of its layer, as a heatmap: 1, in white, is the mean."""
+    """Each expert's tokens over the mean of its layer, as a heatmap: white is 1."""
     import numpy as np
     from matplotlib.colors import TwoSlopeNorm
 
@@ -112,14 +120,15 @@ def plot_load(load_LE: Sequence[Sequence[int]], experts: Sequence[int], layers: 
     there = np.arange(load.shape[1]) < np.array(experts)[:, None]
     mean = np.where(there, load, 0).sum(1, keepdims=True) / np.array(experts)[:, None]
     relative = np.where(there, load / np.maximum(mean, 1e-9), np.nan)
-    figure, axes = _figure(10, min(9.0, max(1.8, 0.24 * len(layers) + 1)))
+    figure, axes = _figure(10, min(7.0, max(1.8, 0.24 * len(layers) + 1)))
     norm = TwoSlopeNorm(1, vmin=0, vmax=max(2.0, float(np.nanmax(relative))))
     image = axes.imshow(relative, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
     every = -(-len(layers) // 24)
-    axes.set_yticks(range(0, len(layers), every), [_number(name, row) for row, name in enumerate(layers)][::every])
+    labels = [_number(name, row) for row, name in enumerate(layers)]
+    axes.set_yticks(range(0, len(layers), every), labels[::every])
     axes.set(xlabel="expert", ylabel="layer")
     axes.grid(visible=False)
-    figure.colorbar(image, ax=axes, pad=0.01, label="tokens over the layer's mean")
+    figure.colorbar(image, ax=axes, pad=0.01)
     return figure
 
 
@@ -191,16 +200,17 @@ def _throughput(series: Mapping[str, Points]) -> str:
     points = series.get("perf/tokens_per_s")
     if not points:
         return _section("Tokens per second", "", "Not logged.")
-    figure = plot_lines({"tokens": points}, "tokens per second", bottom=0)
+    figure = plot_lines({"tokens": points})
     return _section("Tokens per second", _image(figure, "tokens per second over steps"))
 
 
 def _mfu(report: Mapping[str, Any]) -> str:
     points = report["series"].get("perf/mfu")
     if not points:
-        return _section("Model FLOPs utilisation", "", f"Not logged: {report['mfu_not_logged'] or 'no batch was counted.'}")
+        reason = report["mfu_not_logged"] or "no batch was counted."
+        return _section("Model FLOPs utilisation", "", f"Not logged: {reason}")
     lines = {"MFU": points, "HFU, with recomputation": report["series"]["perf/hfu"]}
-    figure = plot_lines(lines, "share of the peak", bottom=0)
+    figure = plot_lines(lines, "share of the peak")
     return _section("Model FLOPs utilisation", _image(figure, "model FLOPs utilisation over steps"))
 
 
@@ -211,13 +221,20 @@ def _routing(report: Mapping[str, Any]) -> list[str]:
     heatmap = plot_load(routing["load_LE"], routing["experts"], routing["layers"])
     over_time = [
         _health(series, "max_violation", "Max violation", "busiest expert over the mean, less 1; 0 is even"),
-        _health(series, "entropy_normalized", "Router entropy", "share of the largest; 0 is one expert for sure"),
-        _health(series, "dead_experts", "Dead experts", "share of experts without a token since the last log"),
+        _health(
+            series, "entropy_normalized", "Router entropy", "share of the largest; 0 is one expert for sure"
+        ),
+        _health(
+            series, "dead_experts", "Dead experts", "share of experts without a token since the last log"
+        ),
         _health(series, "logit_norm", "Router logits", "root mean square"),
     ]
     drawn = [each for each in over_time if each]
     pairs = [_pair(*(drawn[at : at + 2] + [""])[:2]) for at in range(0, len(drawn), 2)]
-    note = "Of this process and those beside it, since it started or resumed."
+    note = (
+        "Tokens of each expert over the mean of its layer, of all processes, since the run was started or "
+        "resumed: white is even, blue idle, red busy."
+    )
     return [_section("Load of the experts", _image(heatmap, "each expert's load, by layer"), note), *pairs]
 
 
@@ -225,7 +242,7 @@ def _health(series: Mapping[str, Points], name: str, heading: str, note: str) ->
     if not series.get(f"routing/{name}"):
         return ""
     lines = {"mean of layers": series[f"routing/{name}"], "worst layer": series[f"routing/{name}_worst"]}
-    figure = plot_lines(lines, heading.lower(), bottom=0)
+    figure = plot_lines(lines)
     return _section(heading, _image(figure, f"{heading.lower()} over steps"), note)
 
 
@@ -240,7 +257,7 @@ def _proof(report: Mapping[str, Any]) -> list[str]:
             for check in report["checks"]
         )
         header = "".join(f"<th>{name}</th>" for name in ("what", "measured", "at most", "", "detail"))
-        note = "The saved model, loaded into plain transformers in fp64, against the trained one."
+        note = "The trained model against what it saved, loaded into plain transformers and computed in fp64."
         sections.append(_section("Proof", f"<table><tr>{header}</tr>{rows}</table>", note))
     if "samples" in report:
         quotes = "".join(f"<blockquote>{escape(sample)}</blockquote>" for sample in report["samples"])
@@ -255,7 +272,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, obje
         if isinstance(value, Mapping) and value:
             rows += _flat(value, f"{prefix}{name}.")
         elif value is not None and value != {}:
-            rows.append((prefix + name, value))
+            rows.append((prefix + name, ", ".join(map(str, value)) if isinstance(value, list) else value))
     return rows
 
 
