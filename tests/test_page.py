@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def report(**changes):
         "eval_losses": [(3, 0.5)],
         "performance": {"perf/tokens_per_s": 8912.4, "perf/mfu": 0.4071, "perf/peak_memory": 71.25},
         "mfu_not_logged": None,
-        "series": {name: points for name in ("perf/tokens_per_s", "perf/mfu", "perf/hfu")}
+        "series": dict.fromkeys(("perf/tokens_per_s", "perf/mfu", "perf/hfu"), points)
         | {f"routing/{name}{end}": points for name in health for end in ("", "_worst")},
         "routing": {
             "layers": LAYERS,
@@ -54,7 +54,7 @@ def report(**changes):
 class Reader(HTMLParser):
     """Tags, attributes and text of a page; fails on tags that are not closed in order."""
 
-    VOID = {"meta", "img"}
+    VOID = ("meta", "img")
 
     def __init__(self, text):
         super().__init__()
@@ -87,7 +87,7 @@ def test_the_page_is_whole_by_itself():
     for attributes in read.images():
         assert attributes["src"].startswith(prefix)
         assert attributes["alt"]
-        drawn = ElementTree.fromstring(base64.b64decode(attributes["src"].removeprefix(prefix)))
+        drawn = ET.fromstring(base64.b64decode(attributes["src"].removeprefix(prefix)))
         assert drawn.tag == "{http://www.w3.org/2000/svg}svg"
         for node in drawn.iter():
             links = [value for name, value in node.attrib.items() if name.endswith("href")]

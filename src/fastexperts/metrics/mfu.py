@@ -159,13 +159,16 @@ class PerformanceCallback(TrainerCallback):
         peak = self._given_peak or peak_flops(name)
         if peak is None:
             way_out = "Give PerformanceCallback(peak_flops=...)."
-            return self._leave_out(args, f"the peak of {name} is not known. {way_out}")
+            self._leave_out(args, f"the peak of {name} is not known. {way_out}")
+            return None
         if self._copies > 1 or _splits_sequences(args):
-            return self._leave_out(args, "a batch that several processes compute together is not counted.")
+            self._leave_out(args, "a batch that several processes compute together is not counted.")
+            return None
         try:
             flops = count_flops(model)
         except FastexpertsError as error:
-            return self._leave_out(args, str(error))
+            self._leave_out(args, str(error))
+            return None
         self._peak = peak
         self._say_first(
             args,

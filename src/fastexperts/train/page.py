@@ -30,7 +30,8 @@ h2 { margin: 0 0 8px; font-size: 17px; }
 .tiles b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; }
 .tiles span, .note { color: #666c73; font-size: 13px; }
 section { margin-top: 16px; overflow-x: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; align-items: start; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px;
+  align-items: start; }
 img { display: block; width: 100%; height: auto; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; }
 td, th { padding: 4px 12px 4px 0; border-top: 1px solid #eeeeea; text-align: left; vertical-align: top; }
@@ -38,7 +39,8 @@ th { border-top: 0; color: #666c73; font-weight: 600; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .ok { color: #1a7f37; font-weight: 600; }
 .failed { color: #cf222e; font-weight: 700; }
-blockquote { margin: 8px 0; padding-left: 12px; border-left: 3px solid #d8d8d0; font-family: ui-monospace, monospace; }
+blockquote { margin: 8px 0; padding-left: 12px; border-left: 3px solid #d8d8d0;
+  font-family: ui-monospace, monospace; }
 """
 
 
@@ -54,7 +56,7 @@ def check_plotting() -> None:
 
 
 def write_report(folder: Path, report: dict[str, Any], title: str) -> str:
-    """Write `report.json` into `folder`, and `report.html` if matplotlib is installed. Returns what it wrote."""
+    """Write `report.json` into `folder`, and `report.html` if matplotlib is there; say what was written."""
     write_json(folder / "report.json", report)
     if (reason := missing()) is not None:
         return f"report.json; no report.html: {reason}"
@@ -230,7 +232,7 @@ def _routing(report: Mapping[str, Any]) -> list[str]:
         _health(series, "logit_norm", "Router logits", "root mean square"),
     ]
     drawn = [each for each in over_time if each]
-    pairs = [_pair(*(drawn[at : at + 2] + [""])[:2]) for at in range(0, len(drawn), 2)]
+    pairs = [_pair(*[*drawn[at : at + 2], ""][:2]) for at in range(0, len(drawn), 2)]
     note = (
         "Tokens of each expert over the mean of its layer, of all processes, since the run was started or "
         "resumed: white is even, blue idle, red busy."
@@ -250,19 +252,20 @@ def _proof(report: Mapping[str, Any]) -> list[str]:
     """What the demo verified, and what its model writes."""
     sections = []
     if "checks" in report:
-        rows = "".join(
-            f"<tr><td>{escape(check['name'])}</td><td>{check['measured']:.3g}</td><td>{check['limit']:.3g}</td>"
-            f"<td class='{'ok' if check['passed'] else 'failed'}'>{'ok' if check['passed'] else 'FAILED'}</td>"
-            f"<td>{escape(check['detail'])}</td></tr>"
-            for check in report["checks"]
-        )
         header = "".join(f"<th>{name}</th>" for name in ("what", "measured", "at most", "", "detail"))
+        rows = "".join(_check(check) for check in report["checks"])
         note = "The trained model against what it saved, loaded into plain transformers and computed in fp64."
         sections.append(_section("Proof", f"<table><tr>{header}</tr>{rows}</table>", note))
     if "samples" in report:
         quotes = "".join(f"<blockquote>{escape(sample)}</blockquote>" for sample in report["samples"])
         sections.append(_section("Sampled from the trained model", quotes))
     return sections
+
+
+def _check(check: Mapping[str, Any]) -> str:
+    verdict = "<td class='ok'>ok</td>" if check["passed"] else "<td class='failed'>FAILED</td>"
+    numbers = f"<td>{check['measured']:.3g}</td><td>{check['limit']:.3g}</td>"
+    return f"<tr><td>{escape(check['name'])}</td>{numbers}{verdict}<td>{escape(check['detail'])}</td></tr>"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
