@@ -209,7 +209,7 @@ class Sharded(torch.Tensor):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (without, "MixtralForCausalLM without one.*router_aux_loss_coef"),
+        (without, "MixtralForCausalLM, without one.*router_aux_loss_coef"),
         (adapted, "adapters, which do not save.*Leave balancing out"),
         (
             lambda: with_bias(nn.Buffer(torch.zeros(8, dtype=torch.bfloat16))),
@@ -277,6 +277,6 @@ def test_wrong_recipes_are_refused(tmp_path, training, words):
 def test_a_recipe_s_model_without_a_bias_is_refused_before_anything_is_written(tmp_path):
     recipe = parse_recipe(settings(tmp_path, "tiny-mixtral", balancing={}))
     assert recipe.training.balancing.rate == 1e-3
-    with pytest.raises(FastexpertsError, match="MixtralForCausalLM without one"):
+    with pytest.raises(FastexpertsError, match="MixtralForCausalLM, without one"):
         train(recipe, console=Console(quiet=True))
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support_hf import tiny_model
 from test_mfu import LENGTHS, Tracker, collate, examples, logged, trainer_of
 
@@ -184,6 +185,21 @@ def test_what_has_no_routers_is_said(tmp_path):
     for entry in logged(trainer):
         assert "routing/max_violation" in entry
         assert not {name for name in entry if "entropy" in name or "logit" in name}
+
+
+def test_adapters_of_experts_and_routers_hide_neither(tmp_path):
+    model = tiny_model("qwen3_moe", "eager")
+    want = by_hand(model, [examples()[:2]])
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    said = []
+    trainer = trainer_of(tmp_path, adapted, max_steps=1, gradient_accumulation_steps=1)
+    RoutingHealth(say=said.append).attach(trainer)
+    trainer.train()
+    assert said == []
+    (entry,) = logged(trainer)
+    for name in WORST:
+        assert entry[f"routing/{name}"] == pytest.approx(sum(want[name]) / 2, rel=1e-5), name
 
 
 def test_a_dense_model_is_said(tmp_path):

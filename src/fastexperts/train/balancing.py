@@ -159,7 +159,7 @@ def _instead(model: nn.Module) -> str:
             "balancing_biases (zaya), whose last entry transformers' from_pretrained writes over, so that "
             "what is saved is not what is loaded"
         )
-    return f"{type(model).__name__} without one"
+    return f"{type(model).__name__}, without one beside experts of transformers' interface"
 
 
 def _check(bias: Bias, experts: int) -> None:
