@@ -65,11 +65,16 @@ def test_a_step_is_the_paper_s(tmp_path, checkpointing):
 
 def test_each_step_counts_for_itself(tmp_path):
     model, rows = tiny_model("deepseek_v3", "eager"), examples()
-    trainer = trainer_of(tmp_path, model, [LossFreeBalancing(RATE)], learning_rate=0.0)
+    rate = 0.2  # so large that the second step goes another way
+    trainer = trainer_of(tmp_path, model, [LossFreeBalancing(rate)], learning_rate=0.0)
     other = tiny_model("deepseek_v3", "eager")
+    loads, directions = [], []
     for step in range(2):
-        load = sum(load_of(other, rows[first : first + 2]) for first in (4 * step, 4 * step + 2))
-        bias_of(other).add_(RATE * torch.sign(load.double().mean() - load).float())
+        loads.append(sum(load_of(other, rows[first : first + 2]) for first in (4 * step, 4 * step + 2)))
+        directions.append(torch.sign(loads[-1].double().mean() - loads[-1]).float())
+        bias_of(other).add_(rate * directions[-1])
+    both = sum(loads)
+    assert not torch.equal(directions[1], torch.sign(both.double().mean() - both).float())
     trainer.train()
     torch.testing.assert_close(bias_of(model), bias_of(other), rtol=0, atol=1e-7)
 

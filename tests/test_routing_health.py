@@ -133,7 +133,7 @@ def collapsed(how):
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("load", "100% of the tokens"), ("entropy", "its entropy is 0.0")]
+    ("how", "words"), [("load", "2 of its 8 experts get 100% of the load"), ("entropy", "its entropy is 0.0")]
 )
 def test_a_collapse_is_said_once_with_the_layer_s_name(tmp_path, how, words):
     said = []
@@ -217,7 +217,8 @@ def test_values_of_layers():
     assert found["load_cv"] == [0, pytest.approx(3**0.5), None, 0.5]
     assert found["max_violation"] == [0, 3, None, 0.5]
     assert found["dead_experts"] == [0, 0.75, None, 0]
-    assert found["max_share"] == [0.5, 1, None, 0.75]
+    assert found["busiest_share"] == [0.5, 1, None, 0.75]
+    assert load_values(torch.tensor([[6, 1, 2, 1]]), [4], [2])["busiest_share"] == [0.8]
     sums = torch.tensor([[2.0, 2 * math.log(4), 18.0], [0, 0, 0], [1, 0, math.nan]])
     assert router_values(sums, [4, 4, 1]) == {
         "entropy": [pytest.approx(math.log(4)), None, 0],
@@ -233,6 +234,14 @@ def test_the_summary_leaves_out_what_is_not_known():
         "routing/max_violation_worst": 2.0,
         "routing/worst_layer": 7.0,
     }
+
+
+def test_the_worst_is_the_largest_and_of_entropy_the_smallest():
+    by_layer = {name: [1.0, 3.0, 2.0] for name in WORST}
+    logged_ = summarize([f"x.layers.{number}.mlp.experts" for number in range(3)], by_layer)
+    worst = {name: value for name, value in logged_.items() if name.endswith("_worst")}
+    assert worst == {f"routing/{name}_worst": 1.0 if "entropy" in name else 3.0 for name in WORST}
+    assert logged_["routing/worst_layer"] == 1
 
 
 @pytest.mark.parametrize("wrong", [{"max_share": 2}, {"min_entropy": -0.1}, {"patience": 0}])

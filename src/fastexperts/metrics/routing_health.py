@@ -44,7 +44,7 @@ class RoutingTable:
     load_LE: Tensor
     """Routed tokens of all processes, `[layers, experts]` int64, since this process started or resumed."""
     logs: list[dict[str, Any]] = field(default_factory=list)
-    """For each log its `step` and, by the names in WORST and `max_share`, `Values`."""
+    """For each log its `step` and, by the names in WORST and `busiest_share`, `Values`."""
 
     def as_json(self) -> dict[str, Any]:
         """The table as plain JSON values."""
@@ -85,8 +85,9 @@ class RoutingHealth(TrainerCallback):
     `routing/worst_layer` is the number in the name of the layer with the largest max_violation. `table` has
     every layer; the first process writes it into the run's folder at each save and at the end, as FILE.
 
-    A router has collapsed if, `patience` logs in a row, its busiest expert gets more than `max_share` of the
-    tokens, or if its normalized entropy is below `min_entropy`. Said once for each layer.
+    A router has collapsed if, `patience` logs in a row, as many experts as a token has get more than
+    `max_share` of the load together, so that nearly all tokens go to the same ones, or if its normalized
+    entropy is below `min_entropy`. Said once for each layer.
     """
 
     def __init__(
@@ -194,11 +195,11 @@ class RoutingHealth(TrainerCallback):
         assert self.table is not None
         assert self._load is not None
         for layer, name in enumerate(self.table.layers):
-            share, entropy = by_layer["max_share"][layer], by_layer["entropy_normalized"][layer]
-            even = self._load.top_k.get(name, 1) / self.table.experts[layer]
+            share, entropy = by_layer["busiest_share"][layer], by_layer["entropy_normalized"][layer]
+            k, experts = self._load.top_k.get(name, 1), self.table.experts[layer]
             complaints = []
-            if share is not None and share > self._max_share > even:
-                complaints.append(f"its busiest expert gets {share:.0%} of the tokens")
+            if share is not None and share > self._max_share > k / experts:
+                complaints.append(f"{k} of its {experts} experts get {share:.0%} of the load")
             if entropy is not None and entropy < self._min_entropy:
                 complaints.append(f"its entropy is {entropy:.3f} of the largest possible")
             self._suspected[layer] = self._suspected[layer] + 1 if complaints else 0
@@ -220,7 +221,7 @@ class RoutingHealth(TrainerCallback):
 
 def load_values(load_LE: Tensor, experts: list[int], top_k: list[int]) -> dict[str, Values]:
     """What `load_LE` [layers, experts] says of each layer, which has `experts` of its columns."""
-    names = ("load_cv", "max_violation", "dead_experts", "max_share")
+    names = ("load_cv", "max_violation", "dead_experts", "busiest_share")
     found: dict[str, Values] = {name: [] for name in names}
     for row_E, size, k in zip(load_LE.double(), experts, top_k, strict=True):
         load_E = row_E[:size]
@@ -230,7 +231,8 @@ def load_values(load_LE: Tensor, experts: list[int], top_k: list[int]) -> dict[s
             busiest = float(load_E.max())
             deviation = float(load_E.std(correction=0))
             dead = float((load_E == 0).double().mean())
-            values = deviation / mean, busiest / mean - 1, dead, busiest * k / float(load_E.sum())
+            share = float(load_E.topk(min(k, size)).values.sum() / load_E.sum())
+            values = deviation / mean, busiest / mean - 1, dead, share
         for name, value in zip(found, values, strict=True):
             found[name].append(value)
     return found
