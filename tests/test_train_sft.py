@@ -37,10 +37,10 @@ def test_the_loss_goes_down(tmp_path, config):
     assert any(".experts.0." in key for key in keys), "per expert, as the family's checkpoints are"
     assert not any("gate_up_proj" in key for key in keys)
     # Each routed token is counted once, though routers run again in the backward.
-    layers, experts = result.load_LE.shape
+    layers, experts = result.routing.load_LE.shape
     top_k = result.trainer.model.config.num_experts_per_tok
     tokens = result.trainer._total_train_tokens
-    assert result.load_LE.sum(1).tolist() == [tokens * top_k] * layers
+    assert result.routing.load_LE.sum(1).tolist() == [tokens * top_k] * layers
     assert experts == {"tiny-mixtral": 8}.get(config, 16)
 
 
@@ -69,7 +69,7 @@ def test_evaluation_padding_and_tensorboard(tmp_path):
     evaluated = [entry["step"] for entry in result.trainer.state.log_history if "eval_loss" in entry]
     assert evaluated == [2, 4]
     assert list(result.folder.rglob("events.out.tfevents.*"))
-    assert result.load_LE.sum(1).tolist() == [result.trainer._total_train_tokens * 4] * 2, (
+    assert result.routing.load_LE.sum(1).tolist() == [result.trainer._total_train_tokens * 4] * 2, (
         "no padding, no evaluation"
     )
 

@@ -68,8 +68,13 @@ def train(
 
     result = run(checked, resume=resume)
     if result.trainer.is_world_process_zero():
+        from fastexperts.train.page import write_report
+        from fastexperts.train.report import describe_run
+
+        written = write_report(result.folder, describe_run(checked, result), "Training run")
         typer.echo(
-            f"Loss {result.losses[-1][1]:.4f} after {result.losses[-1][0]} steps; {result.model_folder}"
+            f"Loss {result.losses[-1][1]:.4f} after {result.losses[-1][0]} steps; {result.model_folder}\n"
+            f"In {result.folder}: {written}"
         )
     # A process that leaves with its group's threads running aborts now and then (SIGABRT under gloo).
     result.trainer.accelerator.end_training()
