@@ -1,1 +1,1 @@
-"""`fastexperts run -- COMMAND`: somebody else's trainer, with fastexperts switched on in the models it loads."""
+"""`fastexperts run -- COMMAND`: another's trainer, with fastexperts switched on in the models it loads."""

@@ -1,4 +1,4 @@
-"""The launcher's side of `fastexperts run`: the child's environment, its signals, its exit code, the report."""
+"""The launcher of `fastexperts run`: the child's environment, its signals, its exit code, and the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from fastexperts.errors import refuse
 from fastexperts.run.report import draw, read
 
-FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # the last two are what schedulers send before the end
+FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers send the last two before the end
 
 
 def run(command: Sequence[str], *, say: Callable[[str], object] | None = None) -> int:
@@ -58,7 +58,7 @@ def _check(command: Sequence[str]) -> None:
 
 @contextmanager
 def _forwarding(child: subprocess.Popen[Any]) -> Iterator[None]:
-    """Inside, signals sent to this process go to `child`, and this process waits for what it makes of them."""
+    """Inside, signals sent to this process go to `child`, and this process goes on waiting for it."""
 
     def forward(number: int, _: object) -> None:
         child.send_signal(number)
@@ -66,7 +66,7 @@ def _forwarding(child: subprocess.Popen[Any]) -> Iterator[None]:
     def leave(number: int, _: object) -> None:
         pass
 
-    # The terminal sends Ctrl-C to its whole foreground group: sent again, it would interrupt the child's cleanup.
+    # The terminal sends Ctrl-C to its whole foreground group: a second one would cut the child's cleanup off.
     handlers = dict.fromkeys(FORWARDED, forward) | {"SIGINT": leave if _in_foreground() else forward}
     known = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
     previous = {number: signal.signal(number, handler) for number, handler in known.items()}

@@ -79,15 +79,11 @@ def _remarks(found: dict[str, list[Finding]], states: Iterable[str]) -> list[str
     """What is to be known beside the findings."""
     states = set(states)
     if not found:
-        return [
-            "Nothing was switched: no Python process of the command came to load transformers' models with "
-            "fastexperts watching. It reaches this machine's processes that keep PYTHONPATH; not `python -E`, -I, -S."
-        ]
+        where = "that keeps PYTHONPATH (`python -E`, -I and -S do not)"
+        return [f"Nothing was switched: no Python process {where} imported transformers on this machine."]
     if not states:
         return ["Nothing was switched: transformers loaded no mixture-of-experts model."]
     if "switched" in states and "trained" not in states:
-        return [
-            "No transformers Trainer trained it: perf/* is not logged, and nobody looked whether the experts "
-            "were patched after they were switched."
-        ]
+        not_seen = "perf/* is not logged, and patches of the experts since then were not looked for"
+        return [f"No transformers Trainer trained it: {not_seen}."]
     return []

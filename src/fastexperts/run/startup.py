@@ -1,4 +1,4 @@
-"""What each Python process of the command runs first: the launcher lays a copy on its path as `sitecustomize`.
+"""What each Python process of a command runs first: the launcher puts a copy on its path, `sitecustomize`.
 
 Python imports a module of that name as it starts. The standard library alone is imported here: most processes
 of a command load no model. When one imports the parts of transformers that load and train models, `switch`
@@ -21,7 +21,8 @@ class Finder:
 
     def __init__(self, folder: str) -> None:
         """folder: where processes say what they did."""
-        self._folder, self._switch = folder, None
+        self._folder = folder
+        self._switch: Any = None
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The spec of a module of HOOKED; None leaves any other to the finders that follow."""
@@ -50,7 +51,7 @@ class Finder:
 
 def start(folder: str) -> None:
     """Watch imports, and run the `sitecustomize` that the copy in `folder` hides, if there is one."""
-    sys.meta_path.insert(0, Finder(folder))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Finder(folder))
     spec = PathFinder.find_spec("sitecustomize", [entry for entry in sys.path if entry != folder])
     if spec is not None and spec.loader is not None:
         sys.modules["sitecustomize"] = hidden = module_from_spec(spec)

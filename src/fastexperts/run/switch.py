@@ -1,4 +1,4 @@
-"""What `fastexperts run` does inside a process of the command: models switched, Trainers metered, patches seen.
+"""What `fastexperts run` does in a process of the command: switch models, meter Trainers, look for patches.
 
 Everything is written down as it happens and nothing is left for the interpreter's exit, where work can block
 a process whose peers have gone.
@@ -40,7 +40,7 @@ class Switch:
     def patch(self, module: ModuleType) -> None:
         """Patch transformers' `modeling_utils` or `trainer_callback`, just imported."""
         if module.__name__.endswith("modeling_utils"):
-            for name in ("from_pretrained", "_from_config"):  # the auto classes call these of the model's class
+            for name in ("from_pretrained", "_from_config"):  # what auto classes call of the model's class
                 original = vars(module.PreTrainedModel)[name].__func__
                 setattr(module.PreTrainedModel, name, classmethod(self._around_load(original)))
         else:
@@ -154,7 +154,7 @@ def _name_of(model: nn.Module) -> str:
 def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
     """The experts implementations that a call of `from_pretrained` or `_from_config` names, or its config."""
     asked = kwargs.get("experts_implementation")
-    names = set(asked.values()) if isinstance(asked, dict) else {asked}
+    names: set[Any] = set(asked.values()) if isinstance(asked, dict) else {asked}
     for config in (*args, kwargs.get("config")):
         subconfigs = (getattr(config, key, None) for key in getattr(config, "sub_configs", ()))
         names |= {getattr(each, "_experts_implementation", None) for each in (config, *subconfigs)}
@@ -163,7 +163,8 @@ def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
 
 def _running(model: nn.Module) -> set[str]:
     """The experts implementations that the modules of `model` run."""
-    return {module.config._experts_implementation for module in model.modules() if in_interface(module)}
+    experts: list[Any] = [module for module in model.modules() if in_interface(module)]
+    return {module.config._experts_implementation for module in experts}
 
 
 def _bypass(model: nn.Module, name: str, module: Any) -> str | None:
@@ -171,7 +172,7 @@ def _bypass(model: nn.Module, name: str, module: Any) -> str | None:
     try:
         if not in_interface(module):
             check_called(model, name)
-            return None if outside.is_switched(module) else "another forward stands in the place of fastexperts'"
+            return None if outside.is_switched(module) else "another forward stands in the place of ours"
         check_reached(model, name, module)
     except FastexpertsError as error:
         return str(error)
