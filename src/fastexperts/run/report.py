@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 SENTENCES = {
-    "switched": "{model}: {layers} {experts} on fastexperts ({detail})",
-    "refused": "{model}: {layers} {experts} not on fastexperts: {detail}",
-    "kept": "{model}: {layers} {experts} stay on {detail}, which the command chose",
-    "conflict": "{model}: conflict, {layers} {experts} were switched and are bypassed since: {detail}",
-    "trained": "{model}: trained, {layers} experts layers on fastexperts; perf/* is in the Trainer's logs",
+    "switched": "{model}: {layers} layers of {experts} on fastexperts ({detail})",
+    "refused": "{model}: {layers} layers of {experts} not on fastexperts: {detail}",
+    "kept": "{model}: {layers} layers of {experts} stay on {detail}, which the command chose",
+    "conflict": "{model}: conflict, {layers} layers of {experts} were switched and are bypassed since: {detail}",
+    "trained": "{model}: training began with {layers} experts layers on fastexperts",
+    "measured": "{model}: {detail} in the Trainer's last log",
     "missing": "not switched in {detail}",
     "old": "nothing is switched: {detail}",
 }

@@ -46,7 +46,7 @@ class Switch:
         else:
             handler = module.CallbackHandler
             handler.on_train_begin = self._before(handler.on_train_begin, self.training_begins)
-            handler.on_train_end = self._before(handler.on_train_end, self.look_again)
+            handler.on_train_end = self._before(handler.on_train_end, self.training_ends)
 
     def loaded(self, model: nn.Module, chosen: Iterable[str] = ()) -> None:
         """Switch `model`, unless the command has `chosen` implementations for it; dense models pass."""
@@ -66,13 +66,13 @@ class Switch:
             kinds[Finding(state, type(model).__name__, row.cls, 0, detail)] += 1
         self._note_kinds(kinds)
 
-    def training_begins(self, handler: Any) -> None:
+    def training_begins(self, handler: Any, *_: Any) -> None:
         """Switch what was built past `from_pretrained`, look for patches, and meter the training."""
         if not _is_transformers(handler.model):
             return
         if not self._experts(handler.model):
             self.loaded(handler.model, _running(handler.model) - {NAME, DEFAULT})
-        self.look_again(handler)
+        self._look_again(handler.model)
         experts = self._experts(handler.model)
         if not experts:
             return
@@ -83,14 +83,24 @@ class Switch:
         if not any(isinstance(callback, PerformanceCallback) for callback in handler.callbacks):
             handler.callbacks.insert(0, PerformanceCallback(say=_say))  # before the trackers
 
-    def look_again(self, handler: Any) -> None:
+    def training_ends(self, handler: Any, args: Any, state: Any, *_: Any) -> None:
+        """Look for patches once more, and note what was measured last."""
+        if not _is_transformers(handler.model) or not self._experts(handler.model):
+            return
+        self._look_again(handler.model)
+        logs = [entry for entry in state.log_history if "perf/tokens_per_s" in entry]
+        if logs and state.is_world_process_zero:
+            values = (f"{key} {value:.4g}" for key, value in logs[-1].items() if key.startswith("perf/"))
+            write(self._folder, Finding("measured", _name_of(handler.model), detail=", ".join(values)))
+
+    def _look_again(self, model: nn.Module) -> None:
         """Note the experts that were switched and that something else computes by now."""
         kinds: Counter[Finding] = Counter()
-        for name, module in self._experts(handler.model).items():
-            reason = _bypass(handler.model, name, module) if self._on[module] else None
+        for name, module in self._experts(model).items():
+            reason = _bypass(model, name, module) if self._on[module] else None
             if reason is not None:
                 self._on[module] = False
-                kinds[Finding("conflict", _name_of(handler.model), type(module).__name__, 0, reason)] += 1
+                kinds[Finding("conflict", _name_of(model), type(module).__name__, 0, reason)] += 1
         self._note_kinds(kinds)
 
     def _around_load(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,10 +121,10 @@ class Switch:
 
         return load
 
-    def _before(self, original: Callable[..., Any], act: Callable[[Any], None]) -> Callable[..., Any]:
+    def _before(self, original: Callable[..., Any], act: Callable[..., None]) -> Callable[..., Any]:
         @functools.wraps(original)
         def event(handler: Any, *args: Any, **kwargs: Any) -> Any:
-            act(handler)
+            act(handler, *args)
             return original(handler, *args, **kwargs)
 
         return event
