@@ -17,7 +17,8 @@ from typing import Any
 from fastexperts.errors import refuse
 from fastexperts.run.report import draw, read
 
-FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers send the last two before the end
+# Schedulers send the last two before the end.
+FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(command: Sequence[str], *, say: Callable[[str], object] | None = None) -> int:
@@ -32,9 +33,9 @@ def run(command: Sequence[str], *, say: Callable[[str], object] | None = None) -
         # Copied: each process finds the folder for its findings by where this file lies.
         shutil.copyfile(Path(__file__).with_name("startup.py"), Path(folder, "sitecustomize.py"))
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-        with _forwarding(child):
-            code = child.wait()
+        with _forwarding() as children:
+            children.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}))
+            code = children[0].wait()
         ended = f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
         report = draw(f"fastexperts run: `{shlex.join(command[:2])}` {ended}.", read(folder))
     (say or _print)(report)
@@ -57,21 +58,24 @@ def _check(command: Sequence[str]) -> None:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[Any]) -> Iterator[None]:
-    """Inside, signals sent to this process go to `child`, and this process goes on waiting for it."""
+def _forwarding() -> Iterator[list[subprocess.Popen[Any]]]:
+    """Inside, signals sent to this process go to the children in the list, and leave this process waiting."""
+    children: list[subprocess.Popen[Any]] = []
 
     def forward(number: int, _: object) -> None:
-        child.send_signal(number)
+        for child in children:
+            child.send_signal(number)
 
     def leave(number: int, _: object) -> None:
         pass
 
     # The terminal sends Ctrl-C to its whole foreground group: a second one would cut the child's cleanup off.
-    handlers = dict.fromkeys(FORWARDED, forward) | {"SIGINT": leave if _in_foreground() else forward}
-    known = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
-    previous = {number: signal.signal(number, handler) for number, handler in known.items()}
+    handlers = dict.fromkeys(FORWARDED, forward) | {signal.SIGINT: leave if _in_foreground() else forward}
+    # What is ignored stays so, here and in the child: nohup.
+    heard = {number for number in handlers if signal.getsignal(number) is not signal.SIG_IGN}
+    previous = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
-        yield
+        yield children
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
