@@ -14,7 +14,7 @@ SENTENCES = {
     "switched": "{model}: {layers} layers of {experts} on fastexperts ({detail})",
     "refused": "{model}: {layers} layers of {experts} not on fastexperts: {detail}",
     "kept": "{model}: {layers} layers of {experts} stay on {detail}, which the command chose",
-    "conflict": "{model}: conflict, {layers} layers of {experts} were switched and are bypassed since: {detail}",
+    "conflict": "{model}: conflict, {layers} layers of {experts} were switched, then bypassed: {detail}",
     "trained": "{model}: training began with {layers} experts layers on fastexperts",
     "measured": "{model}: {detail} in the Trainer's last log",
     "missing": "not switched in {detail}",
