@@ -2,11 +2,6 @@
 
 import copy
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -18,10 +13,7 @@ from transformers import modeling_utils as loading
 from transformers import trainer_callback as training
 from transformers.integrations.moe import batched_mm_experts_forward
 
-from fastexperts.errors import FastexpertsError
-from fastexperts.run.launcher import run
-from fastexperts.run.report import SENTENCES, Finding, draw, read, write
-from fastexperts.run.startup import HOOKED, Finder
+from fastexperts.run.report import Finding, read
 from fastexperts.run.switch import Switch
 
 FAKE = "transformers/__init__.py", "transformers/modeling_utils.py", "transformers/trainer_callback.py"
