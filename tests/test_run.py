@@ -1,4 +1,4 @@
-"""`fastexperts run`: what it switches in somebody else's process, what it leaves, what it names, and what it prints."""
+"""`fastexperts run` inside a process: what it switches, what it leaves, and the conflicts that it names."""
 
 import copy
 import os
@@ -8,15 +8,23 @@ import pytest
 import support_outside
 from support_hf import tiny_config, tiny_model, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers import modeling_utils as loading
 from transformers import trainer_callback as training
 from transformers.integrations.moe import batched_mm_experts_forward
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeForCausalLM
 
 from fastexperts.run.report import Finding, read
 from fastexperts.run.switch import Switch
 
-FAKE = "transformers/__init__.py", "transformers/modeling_utils.py", "transformers/trainer_callback.py"
+SWITCHED = Finding("switched", "Qwen3MoeForCausalLM", "Qwen3MoeExperts", 2, "swiglu")
 
 
 @pytest.fixture
@@ -55,9 +63,6 @@ def train(folder, model, *callbacks):
     trainer = Trainer(model, args, train_dataset=rows, callbacks=list(callbacks))
     trainer.train()
     return trainer
-
-
-SWITCHED = Finding("switched", "Qwen3MoeForCausalLM", "Qwen3MoeExperts", 2, "swiglu")
 
 
 def test_a_checkpoint_that_is_loaded_is_switched(saved, findings, capsys):
@@ -100,8 +105,6 @@ def test_fastexperts_may_be_chosen(saved, findings):
 
 
 def test_a_dense_model_passes_untouched(tmp_path, findings):
-    from transformers import LlamaConfig
-
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=97, **sizes))
     trainer = train(tmp_path, model)
@@ -110,8 +113,7 @@ def test_a_dense_model_passes_untouched(tmp_path, findings):
 
 
 def test_a_class_patched_before_is_refused_with_its_name(saved, findings, monkeypatch):
-    cls = type(tiny_model("qwen3_moe", "eager").model.layers[0].mlp.experts)
-    monkeypatch.setattr(cls, "forward", batched_mm_experts_forward)
+    monkeypatch.setattr(Qwen3MoeExperts, "forward", batched_mm_experts_forward)
     model = AutoModelForCausalLM.from_pretrained(saved)
     (refused,) = findings()
     assert (refused.state, refused.layers) == ("refused", 2)
@@ -168,8 +170,6 @@ def test_a_trainer_logs_performance_before_its_trackers(tmp_path, saved, finding
 
 
 def test_what_no_load_has_shown_is_switched_when_training_begins(tmp_path, findings):
-    from transformers import Qwen3MoeForCausalLM
-
     model = Qwen3MoeForCausalLM(tiny_config("qwen3_moe"))
     assert findings() == []
     train(tmp_path, model)
