@@ -207,10 +207,10 @@ ADAPTERS += " mlp.experts.gate_up_proj mlp.experts.down_proj"
 COMPLETIONS = "--num_generations 2 --max_completion_length 8 --reward_funcs think_format_reward"
 TRAINERS = {
     # name: (command, dataset, arguments, models that it loads, whether its losses are compared)
-    "sft": (["trl", "sft"], "sft", "--max_length 64", 1, True),
+    "sft": ([str(Path(PYTHON).with_name("trl")), "sft"], "sft", "--max_length 64", 1, True),
     "lora": ([PYTHON, "-m", "trl.scripts.sft"], "sft", f"--max_length 64 {ADAPTERS}", 1, True),
-    "dpo": (["trl", "dpo"], "dpo", "--max_length 64", 2, False),
-    "grpo": (["trl", "grpo"], "grpo", COMPLETIONS, 1, False),
+    "dpo": ([PYTHON, "-m", "trl.scripts.dpo"], "dpo", "--max_length 64", 2, False),
+    "grpo": ([PYTHON, "-m", "trl.scripts.grpo"], "grpo", COMPLETIONS, 1, False),
 }
 
 
@@ -218,8 +218,6 @@ TRAINERS = {
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trl(material, tmp_path, name):
     command, dataset, options, models, compared = TRAINERS[name]
-    if command[0] == "trl":
-        command = [str(Path(PYTHON).parent / "trl"), *command[1:]]
 
     def train(prefix, output):
         arguments = (

@@ -52,7 +52,7 @@ class Switch:
         """Switch `model`, unless the command has `chosen` implementations for it; dense models pass."""
         try:
             summary = survey(model)
-        except FastexpertsError as error:
+        except (FastexpertsError, ImportError) as error:  # an old torch, transformers or PEFT
             self._note(Finding("old", detail=str(error)))
             return
         keep = " and ".join(map(repr, sorted(chosen)))
