@@ -154,7 +154,7 @@ class Tracker(TrainerCallback):
     """A tracker, such as TensorBoard: it takes what is in the logs when it is called."""
 
     def on_log(self, args, state, control, logs, **_):
-        self.logs = getattr(self, "logs", logs)
+        self.logs = getattr(self, "logs", dict(logs))
 
 
 def test_a_trainer_logs_performance_before_its_trackers(tmp_path, saved, findings):

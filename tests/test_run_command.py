@@ -54,7 +54,7 @@ def test_a_command_ended_by_a_signal_ends_as_in_a_shell():
 def test_signals_reach_the_command():
     tell = "import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(7)); "
     before = signal.getsignal(signal.SIGTERM)
-    code, _ = launched(PYTHON, "-c", tell + "os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
+    code, _ = launched(PYTHON, "-c", tell + "signal.alarm(30); os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
     assert code == 7
     assert signal.getsignal(signal.SIGTERM) is before
 
