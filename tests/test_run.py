@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers import modeling_utils as loading
 from transformers import trainer_callback as training
-from transformers.integrations.moe import batched_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeForCausalLM
 
 from fastexperts.run.report import Finding, read
@@ -97,6 +97,20 @@ def test_what_the_command_chooses_is_kept(saved, findings, how):
         model = AutoModelForCausalLM.from_pretrained(saved, experts_implementation={"": "eager"})
     assert [(f.state, f.layers) for f in findings()] == [("kept", 2)]
     assert implementations(model) == {"grouped_mm" if how == "config" else "eager"}
+
+
+def test_a_default_of_the_trainer_s_own_is_a_choice(saved, findings, monkeypatch):
+    """What Unsloth does: its function is registered, and is what no choice comes to."""
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "theirs", batched_mm_experts_forward)
+    original = PreTrainedModel.get_correct_experts_implementation
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "get_correct_experts_implementation",
+        lambda self, requested: original(self, requested or "theirs"),
+    )
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    assert findings() == [Finding("kept", "Qwen3MoeForCausalLM", "Qwen3MoeExperts", 2, "'theirs'")]
+    assert implementations(model) == {"theirs"}
 
 
 def test_fastexperts_may_be_chosen(saved, findings):

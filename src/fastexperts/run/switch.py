@@ -24,8 +24,8 @@ from fastexperts.hf.experts import NAME, register, survey, switch
 from fastexperts.hf.inventory import in_interface
 from fastexperts.run.report import Finding, write
 
-DEFAULT = "grouped_mm"
-"""What transformers runs where nobody chooses."""
+DEFAULTS = {"grouped_mm", "eager"}
+"""What transformers runs where nobody chooses; eager where the other cannot run."""
 
 
 class Switch:
@@ -49,13 +49,16 @@ class Switch:
             handler.on_train_end = self._before(handler.on_train_end, self.training_ends)
 
     def loaded(self, model: nn.Module, chosen: Iterable[str] = ()) -> None:
-        """Switch `model`, unless the command has `chosen` implementations for it; dense models pass."""
+        """Switch `model`, unless the command has `chosen` implementations for it; dense models pass.
+
+        A trainer that makes an implementation of its own the default (Unsloth) has chosen, too.
+        """
         try:
             summary = survey(model)
         except (FastexpertsError, ImportError) as error:  # an old torch, transformers or PEFT
             self._note(Finding("old", detail=str(error)))
             return
-        keep = " and ".join(map(repr, sorted(chosen)))
+        keep = " and ".join(map(repr, sorted({*chosen, *_running(model) - DEFAULTS - {NAME}})))
         if summary.served and not keep:
             switch(model, summary)
         kinds: Counter[Finding] = Counter()
@@ -71,7 +74,7 @@ class Switch:
         if not _is_transformers(handler.model):
             return
         if not self._experts(handler.model):
-            self.loaded(handler.model, _running(handler.model) - {NAME, DEFAULT})
+            self.loaded(handler.model, _running(handler.model) - {NAME, "grouped_mm"})
         self._look_again(handler.model)
         experts = self._experts(handler.model)
         if not experts:
