@@ -177,7 +177,7 @@ def _chosen(args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
 def _running(model: nn.Module) -> set[str]:
     """The experts implementations that the modules of `model` run."""
     experts: list[Any] = [module for module in model.modules() if in_interface(module)]
-    return {module.config._experts_implementation for module in experts}
+    return {module.config._experts_implementation for module in experts} - {None}
 
 
 def _bypass(model: nn.Module, name: str, module: Any) -> str | None:
