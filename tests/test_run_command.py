@@ -217,7 +217,7 @@ TRAINERS = {
     # name: (command, dataset, arguments, models that it loads, whether its losses are compared)
     "sft": ([str(Path(PYTHON).with_name("trl")), "sft"], "sft", "--max_length 64", 1, True),
     "lora": ([PYTHON, "-m", "trl.scripts.sft"], "sft", f"--max_length 64 {ADAPTERS}", 1, True),
-    "dpo": ([PYTHON, "-m", "trl.scripts.dpo"], "dpo", "--max_length 64", 2, False),
+    "dpo": ([PYTHON, "-m", "trl.scripts.dpo"], "dpo", "--max_length 64", 2, True),
     "grpo": ([PYTHON, "-m", "trl.scripts.grpo"], "grpo", COMPLETIONS, 1, False),
 }
 
