@@ -124,6 +124,16 @@ def import_(
     _report(import_from(source, layout, output, base=base))
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(help="As in a shell: trl sft --model_name_or_path ...")],
+) -> None:
+    """Run another trainer's COMMAND with fastexperts switched on for the models it loads: docs/run.md."""
+    from fastexperts.run.launcher import run as launch
+
+    raise typer.Exit(launch(command))
+
+
 def _report(exported: Any) -> None:
     for line in (*exported.checks, *exported.notes):
         typer.echo(line)
