@@ -169,7 +169,9 @@ def part_ranges(model: nn.Module) -> Iterator[None]:
     modules = dict(model.named_modules())
     with contextlib.ExitStack() as stack:
         for name, part in parts_of(modules).items():
-            stack.enter_context(_replaced(vars(modules[name]), "forward", _in_range(modules[name].forward, part)))
+            stack.enter_context(
+                _replaced(vars(modules[name]), "forward", _in_range(modules[name].forward, part))
+            )
             if part == "attention":
                 for names, key in _rotary_functions(modules[name]):
                     if not hasattr(names[key], "in_range"):  # layers share the names of their file

@@ -74,6 +74,14 @@ class Cut:
         return torch.randint(self.settings["vocab_size"], shape, device=device, generator=generator)
 
 
+def meta_model(cut: Cut) -> nn.Module:
+    """Shapes without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(cut.config(), dtype=torch.bfloat16)
+
+
 TINY = Shape("tiny", 64, 32, 8, 2)
 _TINY = {
     "num_hidden_layers": 2,
