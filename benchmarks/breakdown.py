@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 FORWARD, RECOMPUTE, BACKWARD = PHASES = ("forward", "recompute", "backward")
-REST = "rest"
+REST, UNKNOWN = "rest", "not attributed"
 PARTS = (
     "attention",
     "projections",
@@ -33,15 +34,19 @@ PARTS = (
     "loss and LM head",
     "optimizer",
     REST,
+    UNKNOWN,
 )
 """attention: scores, softmax and values; projections: its linear maps. router: also what surrounds the
 experts in a MoE block. dense MLPs: and shared experts. rest: residuals, embedding, accumulation of gradients.
+not attributed: kernels that the profiler links to no operation.
 """
 
 _PREFIX = "part: "
 _NODE = "autograd::engine::evaluate_function: "
 _USER_SCOPE = 7  # at::RecordScope
 _ROTARY = "apply_rotary_pos_emb"
+_ROTATION = re.compile(r"Rope|Rotary")  # an autograd function, where the rotation is called by no name
+_RUNTIME = re.compile(r"cu(da)?[A-Z]")  # cudaLaunchKernel, cuLaunchKernelEx: no operations
 
 Parts = dict[str, dict[str, float]]
 
@@ -71,10 +76,7 @@ def step_parts(step: Callable[[], object], model: nn.Module) -> Parts:
             torch.cuda.synchronize()
     spans, unlinked_us = spans_of(profiler.events(), on_card)
     parts = attribute(spans)
-    if unlinked_us:
-        parts.setdefault(REST, {}).setdefault(FORWARD, 0.0)
-        parts[REST][FORWARD] += unlinked_us / 1e3
-    return parts
+    return parts | {UNKNOWN: {FORWARD: unlinked_us / 1e3}} if unlinked_us else parts
 
 
 def attribute(spans: Iterable[Span]) -> Parts:
@@ -126,6 +128,8 @@ def _surroundings(span: Span, spans: list[Span]) -> tuple[str | None, Span | Non
             return part, at
         if part is None and at.name.startswith(_PREFIX):
             part = at.name.removeprefix(_PREFIX)
+        elif part is None and _ROTATION.search(at.name):
+            part = "rotary"
         at = None if at.parent is None else spans[at.parent]
     return part, None
 
@@ -133,7 +137,14 @@ def _surroundings(span: Span, spans: list[Span]) -> tuple[str | None, Span | Non
 def spans_of(events: Iterable[Any], on_card: bool) -> tuple[list[Span], float]:
     """The profiler's events on the host, and the us of kernels that no event launched, as far as is known."""
     events = list(events)
-    host = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU and not e.is_async]
+    # Ids of calls of CUDA and of operations are counted apart: a call may seem to have launched another's.
+    host = [
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CPU
+        and not event.is_async
+        and not _RUNTIME.match(event.name)
+    ]
     # The profiler mirrors ranges on the card, as if they were kernels.
     mirrored = {event.name for event in host if event.scope == _USER_SCOPE}
     index = {id(event): i for i, event in enumerate(host)}
@@ -160,7 +171,7 @@ def spans_of(events: Iterable[Any], on_card: bool) -> tuple[list[Span], float]:
         if event.device_type == torch.autograd.DeviceType.CUDA and event.name not in mirrored
     )
     unlinked_us = kernels_us - sum(span.own_us for span in spans) if on_card else 0.0
-    return spans, max(unlinked_us, 0.0)
+    return spans, unlinked_us if unlinked_us > 1e-6 * kernels_us else 0.0
 
 
 @contextlib.contextmanager

@@ -78,9 +78,7 @@ def curves(plan: Plan, budget: Budget, device: str) -> Iterator[dict[str, Any]]:
     runs = [(seed, *kind) for seed in range(plan.seeds) for kind in kinds]
     for run, fits in budget.spend(runs):
         values = values_of(partial(curve, plan, *run, device)) if fits else NO_TIME
-        print(
-            *run, values.get("skipped") or "{0:.4f} -> {1:.4f}".format(*_ends(values["losses"])), flush=True
-        )
+        print(*run, values.get("skipped") or _ends(values["losses"]), flush=True)
         if "losses" in values:
             drawn[run] = values["losses"]
         else:

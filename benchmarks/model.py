@@ -7,14 +7,14 @@
     python benchmarks/model.py --curves --output benchmarks/results
     python benchmarks/model.py --tiny --seconds 60
 
-A cut (cuts.py) is a published model with fewer layers and random weights, drawn on the card. Every case has a
-model of its own, from the same seed: full fine-tuning, or LoRA of rank 16 on attention and experts through
-PEFT; weights in bf16, or in fp32 under bf16 autocast, as TRL trains. Gradient checkpointing, sdpa, the loss by
-the model's `labels`, no optimizer; further cases have fused AdamW, or keep what others recompute.
+A cut (cuts.py) is a published model with fewer layers and random weights, drawn on the card. Every case has
+a model of its own, from the same seed: full fine-tuning, or LoRA of rank 16 on attention and experts through
+PEFT; weights in bf16, or in fp32 under bf16 autocast, as TRL trains. Gradient checkpointing, sdpa, the loss
+by the model's `labels`, no optimizer; further cases have fused AdamW, or keep what others recompute.
 
-Each case: 3 steps to warm up, then the median, least and most of --steps that follow each other, peak and kept
-memory, MFU, and the kernels of one profiled step by part of the model (breakdown.py). "dense" is the time of
-the experts' matrix products in plain cuBLAS (layer.py), from the same run.
+Each case: 3 steps to warm up, then the median, least and most of --steps that follow each other, peak and
+kept memory, MFU, and the kernels of one profiled step by part of the model (breakdown.py). "dense" is the
+time of the experts' matrix products in plain cuBLAS (layer.py), from the same run.
 
 MFU: model FLOPs of metrics/flops.py over the card's peak in dense bf16. At 379 ms, what this step took
 under the default when the project began (Qwen3-30B-A3B, 6 layers, 4 x 4096), that is 19.7 % by the causal

@@ -1,4 +1,4 @@
-"""The report's sections of model.py: whole training steps, where their time is, TRL's trainer, loss curves."""
+"""The report's sections of model.py: whole steps, where their time is, TRL's trainer, loss curves."""
 
 from __future__ import annotations
 
@@ -97,8 +97,9 @@ def phases_table(row: StepRow) -> str:
 def describe_cut(found: Record) -> str:
     shape = f"{found['layers']} of {found['full_layers']} layers, {found['moe_layers']} of them with"
     return f"""\
-{found["cut"]} ({found["model_type"]}): {shape} {found["experts"]} experts; {found["parameters"]:,} parameters,
-{found["active_parameters"]:,} active; random weights; {found["batch"]} x {found["length"]:,} tokens a step.
+{found["cut"]} ({found["model_type"]}): {shape} {found["experts"]} experts; {found["parameters"]:,}
+parameters, {found["active_parameters"]:,} active; random weights; a step has
+{found["batch"]} x {found["length"]:,} tokens.
 """
 
 
@@ -122,10 +123,10 @@ def step_section(name: str, record: Record) -> str:
 
 {describe_cut(found)}
 Forward and backward, gradient checkpointing unless it says otherwise, sdpa, median of {found["steps"]} steps
-(least and most). *faster*: than the default in the same mode, of the same run. *experts of dense*: the time of
-the experts' matrix products in plain cuBLAS over what the experts take of forward and backward, in the step.
-*imbalance*: the busiest expert's load over the mean, in the worst layer. The parts of each case by phase:
-[{name}.md](../benchmarks/results/{name}.md).
+(least and most). *faster*: than the default in the same mode, of the same run. *experts of dense*: the time
+of the experts' matrix products in plain cuBLAS over what the experts take of forward and backward, in the
+step. *imbalance*: the busiest expert's load over the mean, in the worst layer. *card*: while the
+steps ran. The parts of each case by phase: [{name}.md](../benchmarks/results/{name}.md).
 
 {step_table(found)}
 The kernels of one step, forward and backward, by part of the model:

@@ -135,7 +135,7 @@ class StepRow(Case):
 
 
 def default_of(row: StepRow, rows: Iterable[StepRow]) -> StepRow | None:
-    """The default that `row` is compared with: as it checkpoints if that was run, else with all recomputed."""
+    """What `row` is compared with: the default that recomputes as much, else the one that recomputes all."""
     found = [r for r in rows if r.backend == DEFAULT and r.setting == row.setting and not r.skipped]
     found.sort(key=lambda default: (default.checkpoint != row.checkpoint, default.checkpoint != "full"))
     return found[0] if found else None
@@ -143,7 +143,7 @@ def default_of(row: StepRow, rows: Iterable[StepRow]) -> StepRow | None:
 
 @dataclass(frozen=True)
 class TrainerRow:
-    """A training in TRL's SFTTrainer: medians of what PerformanceCallback logs, and MFU by a clock of ours."""
+    """In TRL's SFTTrainer: medians of what PerformanceCallback logs, and MFU by a clock of the benchmark."""
 
     mode: str
     backend: str
@@ -159,8 +159,8 @@ class TrainerRow:
 
 @dataclass(frozen=True)
 class CurveRow:
-    """Loss curves of several seeds. deviation: the median of |loss - fp32's|; losses: means of the last tenth,
-    its own and fp32's.
+    """Loss curves of several seeds. deviation: the median of |loss - fp32's|; loss, exact_loss: means of the
+    last tenth, its own and fp32's.
     """
 
     weights: str

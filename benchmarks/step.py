@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 import traceback
@@ -28,15 +29,18 @@ RANK = 16
 WARMUP = 3
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """A case that this checkout cannot run."""
 
 
 def set_checkpointing(model: nn.Module, checkpoint: str) -> None:
     if checkpoint == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 renamed it.
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
     elif checkpoint != "off":
-        raise Unavailable(f"checkpoint {checkpoint!r} is fastexperts.optimize's")
+        raise UnavailableError(f"checkpoint {checkpoint!r} is fastexperts.optimize's")
 
 
 def use_default(model: nn.Module, checkpoint: str, tokens: int) -> str:
@@ -56,7 +60,7 @@ def use_optimize(model: nn.Module, checkpoint: str, tokens: int) -> str:
     """All parts; its summary."""
     optimize = getattr(fastexperts, "optimize", None)
     if optimize is None:
-        raise Unavailable("this checkout has no fastexperts.optimize")
+        raise UnavailableError("this checkout has no fastexperts.optimize")
     return str(optimize(model, checkpoint=checkpoint, tokens=tokens, verbose=False))
 
 
@@ -115,7 +119,7 @@ def values_of(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What it measures; where it does not fit the card, or breaks, why. Its memory is free after."""
     try:
         values = measure()
-    except (torch.OutOfMemoryError, Unavailable) as error:
+    except (torch.OutOfMemoryError, UnavailableError) as error:
         values = {"skipped": str(error).split(". ", maxsplit=1)[0]}
     except Exception as error:  # noqa: BLE001 - a card is lent for minutes: the other rows have to be run
         traceback.print_exc()
@@ -183,7 +187,7 @@ def step_times(step: Callable[[], object], count: int, device: str) -> tuple[lis
         for _ in range(count):
             step()
             stamps.append(time.perf_counter())
-        return [1e3 * (end - start) for start, end in zip(stamps, stamps[1:], strict=False)], None
+        return [1e3 * (end - start) for start, end in itertools.pairwise(stamps)], None
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     torch.cuda.synchronize()
     events[0].record()
@@ -192,7 +196,7 @@ def step_times(step: Callable[[], object], count: int, device: str) -> tuple[lis
         event.record()
     state = card_state()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in zip(events, events[1:], strict=False)], state
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)], state
 
 
 def card_state() -> str | None:

@@ -25,7 +25,7 @@ import torch
 from budget import NO_TIME, Budget
 from cuts import Cut
 from results import Case, TrainerRow
-from step import RANK, WARMUP, Unavailable, card_peak, describe, values_of
+from step import RANK, WARMUP, UnavailableError, card_peak, describe, values_of
 from transformers import TrainerCallback
 
 import fastexperts
@@ -164,7 +164,7 @@ def _experts(model: Any, tokens: int) -> tuple[str, dict[str, Any]]:
 def _optimize(model: Any, tokens: int) -> tuple[str, dict[str, Any]]:
     optimize = getattr(fastexperts, "optimize", None)
     if optimize is None:
-        raise Unavailable("this checkout has no fastexperts.optimize")
+        raise UnavailableError("this checkout has no fastexperts.optimize")
     # Trainer would set its own checkpointing over what optimize chose.
     return str(optimize(model, tokens=tokens, verbose=False)), {"gradient_checkpointing": False}
 
