@@ -112,7 +112,9 @@ def with_lora(model: nn.Module) -> nn.Module:
     """LoRA on attention and experts by explicit targets, the same for each backend."""
     from peft import get_peft_model
 
-    return get_peft_model(model, fastexperts.lora_config(model, r=RANK, verbose=False))
+    config = fastexperts.lora_config(model, r=RANK, verbose=False)
+    with next(model.parameters()).device:  # the factors are drawn there
+        return get_peft_model(model, config)
 
 
 def values_of(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ TRL's defaults are fp32 weights under bf16 autocast, gradient checkpointing, cli
 whose logits are made in chunks. Its AdamW is left out: the fp32 state of a cut would not fit the card.
 With optimize, what is recomputed is its choice, as in `fastexperts train`.
 
-A machine without TRL needs these wheels beside what it has (CPython 3.12, see README.md of the device):
-trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19, and liger_kernel==0.8.5 for optimize.
+A machine with torch, transformers and PEFT alone, and without a network, takes these wheels along, by
+`pip install --no-deps --target FOLDER` and PYTHONPATH=FOLDER:src: trl==1.16.0 datasets==5.2.0 dill==0.4.1
+multiprocess==0.70.19 (their other needs are those of transformers, pandas, pyarrow and xxhash), and
+liger_kernel==0.8.5 for optimize.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""benchmarks/model.py: cuts, where a step's time is put, rows, tables; all of it from end to end on the CPU."""
+"""benchmarks/model.py: cuts, where a step's time is put, rows, tables; all from end to end on the CPU."""
 
 import json
 import math
@@ -64,8 +64,8 @@ def test_cuts_have_the_published_experts_and_fit_a_card(cut):
     assert config.num_experts_per_tok == shape.top_k
     assert config.num_hidden_layers == cut.layers < cut.full_layers
     weights = 2 * sum(p.numel() for p in meta.parameters())
-    # At its ends a step holds the logits, once in bf16 and three times in fp32; in the middle one layer's rows
-    # under the default, which copies them about 8 times (measured: 4.5 GB of 4.3 + 1.6 at qwen3-30b).
+    # At its ends a step holds the logits, once in bf16 and three times in fp32; between, one layer's rows
+    # under the default, which copies them about 8 times (measured at qwen3-30b: 4.5 GB where this says 5.9).
     logits = cut.tokens * config.vocab_size * (2 + 3 * 4)
     layer = 8 * 2 * cut.tokens * shape.top_k * (shape.dim_d + shape.dim_f)
     inputs = 2 * cut.layers * cut.tokens * shape.dim_d
@@ -100,7 +100,7 @@ def test_a_router_that_transformers_leaves_at_zero_is_drawn(monkeypatch):
     made.model.layers[0].mlp.gate.weight.data.zero_()
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", lambda *_, **__: made)
     QWEN.tiny().build("cpu", "fp32")
-    assert made.model.layers[0].mlp.gate.weight.std() == pytest.approx(0.02, rel=0.2)
+    assert made.model.layers[0].mlp.gate.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 @pytest.mark.parametrize(("convention", "share"), [("causal", 0.1975), ("full", 0.2239)])
@@ -208,7 +208,6 @@ def found_at(spans, *names):
 def test_each_operation_of_a_real_step_is_where_it_belongs(mode):
     training = step.Training(QWEN.tiny(), results.Case(mode=mode), "cpu")
     found, tops = profiled(training)
-    again = {place: 2 for place in (FORWARD, RECOMPUTE)}
     assert found_at(found, "aten::_grouped_mm") == {
         ("experts", FORWARD): 4,
         ("experts", RECOMPUTE): 4,
@@ -218,10 +217,11 @@ def test_each_operation_of_a_real_step_is_where_it_belongs(mode):
     assert found_at(found, attention, attention + "_backward") == {
         ("attention", phase): 2 for phase in (FORWARD, RECOMPUTE, BACKWARD)
     }
-    assert found_at(found, "aten::topk") == {("router", phase): n for phase, n in again.items()}
+    assert found_at(found, "aten::topk") == {("router", FORWARD): 2, ("router", RECOMPUTE): 2}
     # 2 layers of 4 norms, and the last, which is not recomputed.
     assert found_at(found, "aten::rsqrt") == {("norms", FORWARD): 9, ("norms", RECOMPUTE): 8}
-    assert found_at(found, "aten::neg") == {("rotary", phase): 4 for phase in (FORWARD, RECOMPUTE, BACKWARD)}
+    negated = {("rotary", phase): 4 for phase in (FORWARD, RECOMPUTE, BACKWARD)}
+    assert found_at(found, "aten::neg") == negated | {("router", BACKWARD): 2}  # of dividing by a sum
     assert found_at(found, "aten::cross_entropy_loss") == {("loss and LM head", FORWARD): 1}
     assert found_at(found, "aten::embedding") == {("rest", FORWARD): 1}
     # Every microsecond in one place, and all of them there.
@@ -244,7 +244,7 @@ def test_parts_of_mla_and_shared_experts():
     built = cuts.CUTS["deepseek-v3"].tiny().build("cpu", "fp32")
     built = step.with_lora(built)
     parts = {
-        name.partition("model.model.")[2]: part
+        name.removeprefix("base_model.model.model."): part
         for name, part in parts_of(dict(built.named_modules())).items()
     }
     assert set(parts.values()) <= set(PARTS)
@@ -323,7 +323,7 @@ def test_pages_of_steps():
     assert (
         "| lora | bf16 | fastexperts | all | none | " + "- | " * 10 + "skipped: CUDA out of memory |" in text
     )
-    assert "| experts | 24.00 | 24.00 |\n| norms | 10.00 | 10.00 |\n| recomputed | 8.00 | 8.00 |" in text
+    assert "| norms | 10.00 | 10.00 |\n| experts | 24.00 | 24.00 |\n| recomputed | 8.00 | 8.00 |" in text
     assert "| **together** | **42.00** | **42.00** |\n| a step takes | 380.00 | 190.00 |" in text
     pages = report.documents({"model-qwen3-30b-a3b": record})
     text = pages[report.RESULTS / "model-qwen3-30b-a3b.md"]
@@ -337,6 +337,7 @@ def run(monkeypatch, folder, *arguments):
 
 
 def test_steps_from_arguments_to_page(monkeypatch, tmp_path):
+    monkeypatch.setattr(step, "WARMUP", 1)
     run(monkeypatch, tmp_path, "--steps", "1", "--weights", "bf16", "--modes", "full", "--no-extras")
     found = json.loads((tmp_path / "model-qwen3-30b-a3b.json").read_text())
     rows = model_report.step_rows_of(found["model"])
@@ -377,7 +378,7 @@ def test_a_case_that_breaks_is_a_row_and_the_run_goes_on(monkeypatch, capsys):
 
 @pytest.mark.parametrize("option", ["--backends", "--modes", "--weights", "--cuts"])
 def test_a_typo_ends_the_run(monkeypatch, tmp_path, option):
-    with pytest.raises(SystemExit, match="no.*'fast'"):
+    with pytest.raises(SystemExit, match=r"no .*'fast'"):
         run(monkeypatch, tmp_path, option, "fast")
 
 
@@ -447,7 +448,7 @@ def test_curves_begin_with_the_same_weights_and_batches():
         for weights in (curves.EXACT, "bf16", "fp32")
     }
     exact = drawn[curves.EXACT]
-    assert exact[2] < exact[0] - 0.1
+    assert exact[2] < exact[0] - 0.03
     for weights in ("bf16", "fp32"):
         assert drawn[weights] == pytest.approx(exact, abs=0.03)
         assert drawn[weights] != exact
@@ -505,15 +506,23 @@ def test_the_trainer_counts_as_the_benchmark_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", ["deepseek-v3", "glm4.5-air", "ernie4.5-21b-a3b", "dots1"])
-def test_every_cut_runs_in_every_case(monkeypatch, tmp_path, cut):
-    run(monkeypatch, tmp_path, "--steps", "1", "--cuts", cut)
+@pytest.mark.parametrize(
+    ("cut", "options"),
+    [
+        ("deepseek-v3", []),
+        *((cut, ["--weights", "bf16", "--no-extras"]) for cut in ("glm4.5-air", "ernie4.5-21b-a3b", "dots1")),
+    ],
+)
+def test_other_families_run_in_every_case(monkeypatch, tmp_path, cut, options):
+    monkeypatch.setattr(step, "WARMUP", 1)
+    run(monkeypatch, tmp_path, "--steps", "1", "--cuts", cut, *options)
     found = json.loads((tmp_path / f"model-{cut}.json").read_text())
     rows = model_report.step_rows_of(found["model"])
+    assert len(rows) == (6 if options else len(model.CASES))
     assert [row for row in rows if row.skipped and "optimize" not in row.skipped] == []
-    defaults = [row for row in rows if row.backend == "grouped_mm"]
-    assert len(defaults) == 6
-    assert all(row.parts["dense MLPs"] and "not attributed" not in row.parts for row in defaults)
+    measured = [row for row in rows if not row.skipped]
+    assert all(row.parts["dense MLPs"] and "not attributed" not in row.parts for row in measured)
+    assert {"optimizer" in row.parts for row in measured} == ({False} if options else {False, True})
 
 
 @pytest.mark.slow
@@ -528,17 +537,18 @@ def test_curves_from_arguments_to_page(monkeypatch, tmp_path):
     assert "## Loss curves in bf16" in report.page({"model-curves": found})
 
 
-def test_our_step_is_the_default_s(monkeypatch):
-    """What is measured is the same training: loss and gradients, with all but rounding alike."""
-    tiny = QWEN.tiny()
-    trainings = [
-        step.Training(tiny, results.Case(weights="fp32", backend=name), "cpu") for name in step.BACKENDS
-    ][:2]
-    for training in trainings:
+def test_our_step_is_the_default_s():
+    """What is measured is the same training: loss and gradients."""
+    names = [name for name in step.BACKENDS if name != model.OPTIMIZED or hasattr(fastexperts, "optimize")]
+    default, *others = [
+        step.Training(QWEN.tiny(), results.Case(weights="fp32", backend=name), "cpu") for name in names
+    ]
+    for training in (default, *others):
         training.autocast = False
         training.step()
-    default, ours = (dict(training.model.named_parameters()) for training in trainings)
-    assert fastexperts.hf.experts.NAME == trainings[1].model.config._experts_implementation
-    for name, parameter in default.items():
-        difference = (ours[name].grad - parameter.grad).norm()
-        assert difference <= 1e-5 * parameter.grad.norm(), name
+    wanted = dict(default.model.named_parameters())
+    for training in others:
+        assert training.model.config._experts_implementation == "fastexperts"
+        for name, parameter in training.model.named_parameters():
+            difference = (parameter.grad - wanted[name].grad).norm()
+            assert difference <= 1e-5 * wanted[name].grad.norm(), name
