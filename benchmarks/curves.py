@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from budget import NO_TIME, Budget
 from cuts import DTYPES, Cut, meta_model
-from results import DEFAULT, CurveRow
+from results import DEFAULT, Case, CurveRow
 from shapes import Shape
 from step import BACKENDS, values_of
 from torch import Tensor
@@ -112,7 +112,7 @@ def curve(plan: Plan, seed: int, weights: str, backend: str, device: str) -> dic
     if weights == "bf16":
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay in fp32
             parameter.data = parameter.data.to(torch.bfloat16)
-    BACKENDS[backend](model, "full", plan.cut.tokens)
+    BACKENDS[backend](model, Case(weights=weights), plan.cut.tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for ids in batches(plan, seed, device):

@@ -32,6 +32,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def main() -> None:
         if name not in CUTS:
             raise SystemExit(f"no cut {name!r}: some of {','.join(CUTS)}")
     cases, budget = chosen(args), Budget(args.seconds)
-    where = environment(None if device == "cuda" else "no card: the CPU")
+    where = environment(None if device == "cuda" else "no card: the CPU") | {"peft": version("peft")}
     print(where, flush=True)
 
     def save(name: str, kind: str, record: Any) -> None:

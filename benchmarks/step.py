@@ -43,29 +43,31 @@ def set_checkpointing(model: nn.Module, checkpoint: str) -> None:
         raise UnavailableError(f"checkpoint {checkpoint!r} is fastexperts.optimize's")
 
 
-def use_default(model: nn.Module, checkpoint: str, tokens: int) -> str:
+def use_default(model: nn.Module, case: Case, tokens: int) -> str:
     """Transformers' own experts; `Cut.build` has selected them."""
-    set_checkpointing(model, checkpoint)
+    set_checkpointing(model, case.checkpoint)
     return ""
 
 
-def use_experts(model: nn.Module, checkpoint: str, tokens: int) -> str:
+def use_experts(model: nn.Module, case: Case, tokens: int) -> str:
     """Our experts, and nothing else."""
     fastexperts.enable(model, verbose=False)
-    set_checkpointing(model, checkpoint)
+    set_checkpointing(model, case.checkpoint)
     return ""
 
 
-def use_optimize(model: nn.Module, checkpoint: str, tokens: int) -> str:
+def use_optimize(model: nn.Module, case: Case, tokens: int, **options: Any) -> str:
     """All parts; its summary."""
     optimize = getattr(fastexperts, "optimize", None)
     if optimize is None:
         raise UnavailableError("this checkout has no fastexperts.optimize")
-    return str(optimize(model, checkpoint=checkpoint, tokens=tokens, verbose=False))
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=case.weights == "fp32"):  # as it will train
+        return str(optimize(model, checkpoint=case.checkpoint, tokens=tokens, verbose=False, **options))
 
 
 BACKENDS = {"grouped_mm": use_default, "fastexperts": use_experts, "fastexperts + optimize": use_optimize}
-"""name -> (model, checkpoint, tokens of a step) -> what there is to say."""
+"""name -> (model, case, tokens of a step) -> what there is to say."""
 
 
 class Training:
@@ -77,7 +79,7 @@ class Training:
         if case.mode == "lora":
             self.model = with_lora(self.model)
         self.flops = count_flops(self.model).per_token(cut.length)
-        self.note = BACKENDS[case.backend](self.model, case.checkpoint, cut.tokens)
+        self.note = BACKENDS[case.backend](self.model, case, cut.tokens)
         self.ids = cut.batch_ids(device)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True) if case.optimizer else None

@@ -27,7 +27,7 @@ import torch
 from budget import NO_TIME, Budget
 from cuts import Cut
 from results import Case, TrainerRow
-from step import RANK, WARMUP, UnavailableError, card_peak, describe, values_of
+from step import RANK, WARMUP, card_peak, describe, use_optimize, values_of
 from transformers import TrainerCallback
 
 import fastexperts
@@ -78,23 +78,24 @@ def trainings(
 
     peak = card_peak(device)
     record = describe(cut, peak) | {"steps": steps, "trl": trl.__version__}
-    wanted = list(dict.fromkeys((case.mode, case.backend) for case in cases))
+    wanted = dict.fromkeys(Case(case.mode, "fp32", case.backend, checkpoint="auto") for case in cases)
     rows: list[TrainerRow] = []
-    for (mode, backend), fits in budget.spend(wanted):
-        values = values_of(partial(train, cut, mode, backend, steps, device, peak)) if fits else NO_TIME
-        rows.append(TrainerRow(mode, backend, **values))
+    for case, fits in budget.spend(wanted):
+        values = values_of(partial(train, cut, case, steps, device, peak)) if fits else NO_TIME
+        rows.append(TrainerRow(case.mode, case.backend, **values))
         print(rows[-1], flush=True)
         yield record | {"rows": [asdict(row) for row in rows]}
 
 
-def train(cut: Cut, mode: str, backend: str, steps: int, device: str, peak: float | None) -> dict[str, Any]:
+def train(cut: Cut, case: Case, steps: int, device: str, peak: float | None) -> dict[str, Any]:
     """The numbers of a row: medians of `steps` steps, after some to warm up."""
     from trl import SFTTrainer
 
     from fastexperts.train.tokenizer import byte_tokenizer
 
-    model = cut.build(device, "fp32")
-    note, options = SWITCHES[backend](model, cut.tokens)
+    model = cut.build(device, case.weights)
+    note, options = SWITCHES[case.backend](model, case, cut.tokens)
+    adapter = fastexperts.lora_config(model, r=RANK, verbose=False) if case.mode == "lora" else None
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
@@ -103,7 +104,7 @@ def train(cut: Cut, mode: str, backend: str, steps: int, device: str, peak: floa
             processing_class=byte_tokenizer(),
             train_dataset=random_dataset(cut, WARMUP + steps),
             callbacks=[clock],
-            peft_config=fastexperts.lora_config(model, r=RANK, verbose=False) if mode == "lora" else None,
+            peft_config=adapter,
             optimizer_cls_and_kwargs=(NoUpdate, {}),
         )
         PerformanceCallback(peak_flops=peak or NO_PEAK).attach(trainer)
@@ -154,22 +155,20 @@ def random_dataset(cut: Cut, steps: int) -> Any:
     return Dataset.from_dict({"input_ids": ids.tolist()})
 
 
-def _default(model: Any, tokens: int) -> tuple[str, dict[str, Any]]:
+def _default(model: Any, case: Case, tokens: int) -> tuple[str, dict[str, Any]]:
     return "", {}
 
 
-def _experts(model: Any, tokens: int) -> tuple[str, dict[str, Any]]:
+def _experts(model: Any, case: Case, tokens: int) -> tuple[str, dict[str, Any]]:
     fastexperts.enable(model, verbose=False)
     return "", {}
 
 
-def _optimize(model: Any, tokens: int) -> tuple[str, dict[str, Any]]:
-    optimize = getattr(fastexperts, "optimize", None)
-    if optimize is None:
-        raise UnavailableError("this checkout has no fastexperts.optimize")
-    # Trainer would set its own checkpointing over what optimize chose.
-    return str(optimize(model, tokens=tokens, verbose=False)), {"gradient_checkpointing": False}
+def _optimize(model: Any, case: Case, tokens: int) -> tuple[str, dict[str, Any]]:
+    # TRL has a fused loss of its own; and Trainer would set its checkpointing over what optimize chose.
+    options = {"gradient_checkpointing": False}
+    return use_optimize(model, case, tokens, parts={"loss": False}), options
 
 
 SWITCHES = {"grouped_mm": _default, "fastexperts": _experts, "fastexperts + optimize": _optimize}
-"""backend -> (model, tokens of a step) -> (what there is to say, arguments of SFTConfig)."""
+"""backend -> (model, case, tokens of a step) -> (what there is to say, arguments of SFTConfig)."""

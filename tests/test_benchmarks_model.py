@@ -353,7 +353,7 @@ def test_a_checkout_without_optimize_says_so():
     without = SimpleNamespace()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "fastexperts", without)
-        values = step.values_of(lambda: {"note": step.use_optimize(None, "full", 64)})
+        values = step.values_of(lambda: {"note": step.use_optimize(None, results.Case(), 64)})
     assert values == {"skipped": "this checkout has no fastexperts.optimize"}
 
 
