@@ -45,7 +45,8 @@ _PREFIX = "part: "
 _NODE = "autograd::engine::evaluate_function: "
 _USER_SCOPE = 7  # at::RecordScope
 _ROTARY = "apply_rotary_pos_emb"
-_ROTATION = re.compile(r"Rope|Rotary")  # an autograd function, where the rotation is called by no name
+# An autograd function, where the rotation is called by no name; and not its gradient.
+_ROTATION = re.compile(r"\w*(Rope|Rotary)\w*(?<!Backward)")
 _RUNTIME = re.compile(r"cu(da)?[A-Z]")  # cudaLaunchKernel, cuLaunchKernelEx: no operations
 
 Parts = dict[str, dict[str, float]]
@@ -128,7 +129,7 @@ def _surroundings(span: Span, spans: list[Span]) -> tuple[str | None, Span | Non
             return part, at
         if part is None and at.name.startswith(_PREFIX):
             part = at.name.removeprefix(_PREFIX)
-        elif part is None and _ROTATION.search(at.name):
+        elif part is None and _ROTATION.fullmatch(at.name):
             part = "rotary"
         at = None if at.parent is None else spans[at.parent]
     return part, None
