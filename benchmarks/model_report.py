@@ -30,7 +30,8 @@ def step_table(found: Record) -> str:
             lines.append([*case_of(row), *["-"] * 10, f"skipped: {row.skipped}"])
             continue
         default = default_of(row, rows)
-        share = row.of_dense(found["dense"], found["moe_layers"])
+        share = _number(row.of_dense(found["dense"], found["moe_layers"]), ".2f")
+        tflops = _number(row.experts_tflops(found["experts_forward_flops"]), ".0f")
         lines.append(
             [
                 *case_of(row),
@@ -41,7 +42,7 @@ def step_table(found: Record) -> str:
                 f"{default.step_ms / row.step_ms:.2f} x" if default else "-",
                 _number(row.peak_gib, ".1f"),
                 _number(row.kept_gib, ".2f"),
-                _number(share, ".2f"),
+                f"{share} ({tflops} TF/s)",
                 _number(row.imbalance, ".2f"),
                 _number(row.loss, ".4f"),
                 row.state or "-",
@@ -58,9 +59,17 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def parts_table(rows: list[StepRow]) -> str:
+def parts_tables(rows: list[StepRow]) -> str:
+    """One for each mode and dtype of weights."""
+    groups = dict.fromkeys((row.mode, row.weights) for row in rows if row.parts)
+    return "\n".join(
+        _parts_table([row for row in rows if row.parts and (row.mode, row.weights) == group])
+        for group in groups
+    )
+
+
+def _parts_table(rows: list[StepRow]) -> str:
     """ms by part, forward and backward, a column a case; recomputation is a line of its own."""
-    rows = [row for row in rows if row.parts]
     lines = []
     for part in PARTS:
         cells = [sum(_phase(row, part, phase) for phase in PHASES if phase != "recompute") for row in rows]
@@ -96,10 +105,11 @@ def phases_table(row: StepRow) -> str:
 
 def describe_cut(found: Record) -> str:
     shape = f"{found['layers']} of {found['full_layers']} layers, {found['moe_layers']} of them with"
+    peak = f" MFU is of {found['peak_tflops']:,.1f} TFLOP/s." if found["peak_tflops"] else ""
     return f"""\
 {found["cut"]} ({found["model_type"]}): {shape} {found["experts"]} experts; {found["parameters"]:,}
 parameters, {found["active_parameters"]:,} active; random weights; a step has
-{found["batch"]} x {found["length"]:,} tokens.
+{found["batch"]} x {found["length"]:,} tokens.{peak}
 """
 
 
@@ -131,7 +141,7 @@ steps ran. The parts of each case by phase: [{name}.md](../benchmarks/results/{n
 {step_table(found)}
 The kernels of one step, forward and backward, by part of the model:
 
-{parts_table(step_rows_of(found))}"""
+{parts_tables(step_rows_of(found))}"""
 
 
 def trainer_table(found: Record) -> str:

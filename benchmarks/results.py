@@ -119,19 +119,24 @@ class StepRow(Case):
     def parts_ms(self) -> float:
         return sum(ms for phases in (self.parts or {}).values() for ms in phases.values())
 
-    def experts_ms(self, phase: str) -> float:
-        return (self.parts or {}).get("experts", {}).get(phase, 0.0)
+    @property
+    def experts_ms(self) -> float:
+        """What the experts take of forward and backward, recomputation left out."""
+        phases = (self.parts or {}).get("experts", {})
+        return phases.get("forward", 0.0) + phases.get("backward", 0.0)
 
     def of_dense(self, dense: dict[str, float], layers: int) -> float | None:
-        """Dense products' time over the experts' in `layers`, forward and backward, recomputation in neither.
+        """The dense products' time over that of the experts of `layers`.
 
         dense: product -> ms in one layer. Frozen experts have no dw.
         """
-        measured = self.experts_ms("forward") + self.experts_ms("backward")
-        if not measured:
-            return None
         products = [ms for name, ms in dense.items() if self.mode == "full" or not name.startswith("dw")]
-        return layers * sum(products) / measured
+        return layers * sum(products) / self.experts_ms if self.experts_ms else None
+
+    def experts_tflops(self, forward_flops: int) -> float | None:
+        """By the FLOPs of the experts' products: twice the forward's in a backward, as much if frozen."""
+        flops = forward_flops * (3 if self.mode == "full" else 2)
+        return flops / self.experts_ms / 1e9 if self.experts_ms else None
 
 
 def default_of(row: StepRow, rows: Iterable[StepRow]) -> StepRow | None:

@@ -225,13 +225,15 @@ def describe(cut: Cut, peak: float | None) -> dict[str, Any]:
     """What all rows of a cut have in common. peak: FLOP/s of the card."""
     model = meta_model(cut)
     flops = count_flops(model)
+    moe_layers = sum("is_concatenated" in vars(module) for module in model.modules())
     return {
         "cut": cut.name,
         "model_type": cut.model_type,
         "layers": cut.layers,
         "full_layers": cut.full_layers,
-        "moe_layers": sum("is_concatenated" in vars(module) for module in model.modules()),
+        "moe_layers": moe_layers,
         "experts": cut.shape.experts,
+        "experts_forward_flops": moe_layers * cut.shape.forward_flops(cut.tokens),
         "batch": cut.batch,
         "length": cut.length,
         "parameters": flops.parameters,

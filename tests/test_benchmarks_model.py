@@ -322,6 +322,8 @@ def test_experts_of_dense():
     assert DEFAULT.of_dense(DENSE, layers=4) == pytest.approx(4 * 4.5 / 24)
     assert replace(DEFAULT, mode="lora").of_dense(DENSE, layers=4) == pytest.approx(4 * 3.0 / 24)
     assert replace(DEFAULT, parts=None).of_dense(DENSE, layers=4) is None
+    assert DEFAULT.experts_tflops(10**12) == pytest.approx(3e12 / 24e-3 / 1e12)
+    assert replace(DEFAULT, mode="lora").experts_tflops(10**12) == pytest.approx(2e12 / 24e-3 / 1e12)
 
 
 def test_pages_of_steps():
@@ -333,7 +335,7 @@ def test_pages_of_steps():
     text = report.page({"model-qwen3-30b-a3b": record})
     assert (
         "| full | bf16 | fastexperts + optimize | all | none | 190.0 (379.0-384.5) | 43,116 | 19.7% | 22.4% "
-        "| 2.00 x | 44.8 | 12.35 | 1.12 | 1.25 | 12.0000 | 1755 MHz, 60 °C, 650 W |"
+        "| 2.00 x | 44.8 | 12.35 | 1.12 (928 TF/s) | 1.25 | 12.0000 | 1755 MHz, 60 °C, 650 W |"
     ) in text
     assert (
         "| lora | bf16 | fastexperts | all | none | " + "- | " * 10 + "skipped: CUDA out of memory |" in text
