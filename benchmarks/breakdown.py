@@ -45,6 +45,7 @@ _PREFIX = "part: "
 _NODE = "autograd::engine::evaluate_function: "
 _USER_SCOPE = 7  # at::RecordScope
 _ROTARY = "apply_rotary_pos_emb"
+_CHECKPOINT = "_gradient_checkpointing_func"  # of a layer, set by transformers
 # An autograd function, where the rotation is called by no name; and not its gradient.
 _ROTATION = re.compile(r"\w*(Rope|Rotary)\w*(?<!Backward)")
 _RUNTIME = re.compile(r"cu(da)?[A-Z]")  # cudaLaunchKernel, cuLaunchKernelEx: no operations
@@ -181,14 +182,23 @@ def part_ranges(model: nn.Module) -> Iterator[None]:
     modules = dict(model.named_modules())
     with contextlib.ExitStack() as stack:
         for name, part in parts_of(modules).items():
-            stack.enter_context(
-                _replaced(vars(modules[name]), "forward", _in_range(modules[name].forward, part))
-            )
+            names, forward = vars(modules[name]), modules[name].forward
+            stack.enter_context(_replaced(names, "forward", _in_range(forward, part)))
             if part == "attention":
-                for names, key in _rotary_functions(modules[name]):
-                    if not hasattr(names[key], "in_range"):  # layers share the names of their file
-                        stack.enter_context(_replaced(names, key, _in_range(names[key], "rotary")))
+                for scope, key in _rotary_functions(forward):
+                    if not hasattr(scope[key], "in_range"):  # layers share the names of their file
+                        stack.enter_context(_replaced(scope, key, _in_range(scope[key], "rotary")))
+            if _CHECKPOINT in names:
+                again = functools.partial(_checkpoint_in_range, names[_CHECKPOINT], part)
+                stack.enter_context(_replaced(names, _CHECKPOINT, again))
         yield
+
+
+def _checkpoint_in_range(
+    checkpoint: Callable[..., Any], part: str, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The range goes into what is called again: since transformers 5.23 that is not the layer's forward."""
+    return checkpoint(_in_range(function, part), *args, **kwargs)
 
 
 def parts_of(modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -246,9 +256,9 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _rotary_functions(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+def _rotary_functions(forward: Callable[..., Any]) -> Iterator[tuple[dict[str, Any], str]]:
     """Where the forward of an attention finds the functions that rotate queries and keys: (names, name)."""
-    function = inspect.unwrap(module.forward)
+    function = inspect.unwrap(forward)
     names = getattr(getattr(function, "__func__", function), "__globals__", {})
     yield from ((names, key) for key in list(names) if key.startswith(_ROTARY))
 

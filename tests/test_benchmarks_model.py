@@ -223,6 +223,9 @@ def test_each_operation_of_a_real_step_is_where_it_belongs(mode):
     assert found_at(found, "aten::rsqrt") == {("norms", FORWARD): 9, ("norms", RECOMPUTE): 8}
     negated = {("rotary", phase): 4 for phase in (FORWARD, RECOMPUTE, BACKWARD)}
     assert found_at(found, "aten::neg") == negated | {("router", BACKWARD): 2}  # of dividing by a sum
+    # Positions once; of a layer's two residuals, the second is nothing that a backward reads.
+    residuals = {place: n for place, n in found_at(found, "aten::add").items() if place[0] == "rest"}
+    assert residuals == {("rest", FORWARD): 5, ("rest", RECOMPUTE): 2}
     assert found_at(found, "aten::cross_entropy_loss") == {("loss and LM head", FORWARD): 1}
     assert found_at(found, "aten::embedding") == {("rest", FORWARD): 1}
     # Every microsecond in one place, and all of them there.
