@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from budget import NO_TIME, Budget
 from cuts import CUTS, DTYPES, Cut
-from model_report import step_table
+from model_report import curves_table, step_table, trainer_table
 from results import DEFAULT, Case, StepRow, environment, write
 from step import BACKENDS, card_peak, dense_ms, describe, free, measure, values_of
 
@@ -130,6 +130,7 @@ def main() -> None:
 
         for record in curves.curves(curves.TINY if args.tiny else curves.PLAN, budget, device):
             save("model-curves", "curves", record)
+        print(curves_table(record), flush=True)
         return
     for name in args.cuts.split(","):
         cut = CUTS[name].tiny() if args.tiny else CUTS[name]
@@ -139,10 +140,11 @@ def main() -> None:
 
             for record in trainings(cut, cases, budget, args.steps, device):
                 save(f"trainer-{name}", "trainer", record)
-            continue
-        for record in steps_of(cut, cases, budget, args.steps, device):
-            save(f"model-{name}", "model", record)
-        print(step_table(record), flush=True)
+            print(trainer_table(record), flush=True)
+        else:
+            for record in steps_of(cut, cases, budget, args.steps, device):
+                save(f"model-{name}", "model", record)
+            print(step_table(record), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from tables import environment_line, table
 Found = dict[str, object]
 
 
+RECOMPUTED = {"full": "all", "keep-experts": "all but experts", "off": "nothing"}
+
+
 def step_rows_of(found: Record) -> list[StepRow]:
     """Of a record of model.py."""
     return [StepRow(**row) for row in found["rows"]]
 
 
 def case_of(row: StepRow) -> list[str]:
-    checkpoint = {"full": "all", "off": "nothing"}.get(row.checkpoint, row.checkpoint)
+    checkpoint = RECOMPUTED.get(row.checkpoint, row.checkpoint)
     return [row.mode, row.weights, row.backend, checkpoint, "AdamW" if row.optimizer else "none"]
 
 
@@ -87,10 +90,10 @@ def _phase(row: StepRow, part: str, phase: str) -> float:
 
 
 def _short(row: StepRow) -> list[str]:
-    plain = {"full": "all", "none": "none"}
+    """What tells it from the others; the usual is not said."""
     mode, weights, backend, checkpoint, optimizer = case_of(row)
-    options = [f"{checkpoint} recomputed"] if checkpoint != plain["full"] else []
-    return [f"{mode} {weights}", backend, *options, *([optimizer] if optimizer != plain["none"] else [])]
+    options = [f"{checkpoint} recomputed"] if row.checkpoint != "full" else []
+    return [f"{mode} {weights}", backend, *options, *([optimizer] if row.optimizer else [])]
 
 
 def phases_table(row: StepRow) -> str:
@@ -195,8 +198,7 @@ around the steps.
 {trainer_table(found)}{"".join(f"{chr(10)}```{chr(10)}{note}{chr(10)}```{chr(10)}" for note in notes)}"""
 
 
-def curves_section(record: Record) -> str:
-    found = record["curves"]
+def curves_table(found: Record) -> str:
     rows = [CurveRow(**row) for row in found["rows"]]
     defaults = {row.weights: row.deviation for row in rows if row.backend == DEFAULT}
     lines = []
@@ -207,6 +209,11 @@ def curves_section(record: Record) -> str:
         weights = {"fp32": "fp32, bf16 autocast"}.get(row.weights, row.weights)
         lines.append([weights, row.backend, row.seeds, f"{row.deviation:.2e}", ratio, *losses])
     heads = ["weights", "experts", "seeds", "deviation", "of the default's", "last loss", "fp32's last loss"]
+    return table(heads, lines)
+
+
+def curves_section(record: Record) -> str:
+    found = record["curves"]
     skipped = "".join(f"\nSkipped: {run}: {why}.\n" for run, why in found["skipped"].items())
     return f"""\
 {environment_line(record)}.
@@ -215,4 +222,4 @@ def curves_section(record: Record) -> str:
 loss from the same seed's in fp32 (the default's experts, no autocast), the median over all steps and seeds.
 The last loss is the mean of the last tenth.
 
-{table(heads, lines)}{skipped}"""
+{curves_table(found)}{skipped}"""

@@ -331,7 +331,8 @@ def test_experts_of_dense():
 
 def test_pages_of_steps():
     left = results.StepRow(backend="fastexperts", mode="lora", skipped="CUDA out of memory")
-    rows = [asdict(row) for row in (DEFAULT, OURS, left)]
+    kept = replace(OURS, checkpoint="keep-experts", weights="fp32", parts={"experts": {FORWARD: 1.0}})
+    rows = [asdict(row) for row in (DEFAULT, OURS, left, kept)]
     found = step.describe(QWEN, 989.4e12) | {"steps": 10, "dense": DENSE, "rows": rows}
     assert (found["moe_layers"], found["peak_tflops"]) == (6, 989.4)
     record = {"environment": ENVIRONMENT, "model": found}
@@ -345,6 +346,7 @@ def test_pages_of_steps():
     )
     assert "| norms | 10.00 | 10.00 |\n| experts | 24.00 | 24.00 |\n| recomputed | 8.00 | 8.00 |" in text
     assert "| **together** | **42.00** | **42.00** |\n| a step takes | 380.00 | 190.00 |" in text
+    assert "| ms | full fp32, fastexperts + optimize, all but experts recomputed |" in text
     pages = report.documents({"model-qwen3-30b-a3b": record})
     text = pages[report.RESULTS / "model-qwen3-30b-a3b.md"]
     assert "| experts | 8.00 | 8.00 | 16.00 | 32.00 | 76.2% |" in text
