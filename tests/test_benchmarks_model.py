@@ -358,16 +358,16 @@ def run(monkeypatch, folder, *arguments):
     model.main()
 
 
-def test_steps_from_arguments_to_page(monkeypatch, tmp_path):
+def test_steps_from_arguments_to_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step, "WARMUP", 1)
-    run(monkeypatch, tmp_path, "--steps", "1", "--weights", "bf16", "--modes", "full", "--no-extras")
+    chosen = "--weights bf16 --modes full --backends fastexperts --no-extras"
+    run(monkeypatch, tmp_path, "--steps", "1", *chosen.split())
     found = json.loads((tmp_path / "model-qwen3-30b-a3b.json").read_text())
-    rows = model_report.step_rows_of(found["model"])
-    assert [row.backend for row in rows] == list(step.BACKENDS)
-    measured = [row for row in rows if not row.skipped]
-    assert [row.backend for row in measured][:2] == ["grouped_mm", "fastexperts"]
-    assert all(row.loss == pytest.approx(5.561, abs=2e-3) and row.imbalance > 1 for row in measured)
-    assert all(row.parts["experts"].keys() == {FORWARD, RECOMPUTE, BACKWARD} for row in measured)
+    (row,) = model_report.step_rows_of(found["model"])
+    assert row.loss == pytest.approx(5.561, abs=2e-3)
+    assert row.imbalance > 1
+    assert row.parts["experts"].keys() == {FORWARD, RECOMPUTE, BACKWARD}
+    assert f"| full | bf16 | fastexperts | all | none | {row.step_ms:.1f}" in capsys.readouterr().out
     assert "## A training step: qwen3-30b-a3b" in report.page({"model-qwen3-30b-a3b": found})
 
 
@@ -531,8 +531,10 @@ def test_the_trainer_counts_as_the_benchmark_does():
 @pytest.mark.parametrize(
     ("cut", "options"),
     [
-        ("deepseek-v3", []),
-        *((cut, ["--weights", "bf16", "--no-extras"]) for cut in ("glm4.5-air", "ernie4.5-21b-a3b", "dots1")),
+        ("deepseek-v3", ["--modes", "full", "--weights", "bf16"]),
+        ("glm4.5-air", ["--modes", "lora", "--weights", "fp32"]),
+        ("ernie4.5-21b-a3b", ["--weights", "bf16", "--no-extras"]),
+        ("dots1", ["--modes", "lora", "--weights", "bf16"]),
     ],
 )
 def test_other_families_run_in_every_case(monkeypatch, tmp_path, cut, options):
@@ -540,11 +542,11 @@ def test_other_families_run_in_every_case(monkeypatch, tmp_path, cut, options):
     run(monkeypatch, tmp_path, "--steps", "1", "--cuts", cut, *options)
     found = json.loads((tmp_path / f"model-{cut}.json").read_text())
     rows = model_report.step_rows_of(found["model"])
-    assert len(rows) == (6 if options else len(model.CASES))
+    assert len(rows) == {"deepseek-v3": 8, "ernie4.5-21b-a3b": 6}.get(cut, 3)
     assert [row for row in rows if row.skipped and "optimize" not in row.skipped] == []
     measured = [row for row in rows if not row.skipped]
     assert all(row.parts["dense MLPs"] and "not attributed" not in row.parts for row in measured)
-    assert {"optimizer" in row.parts for row in measured} == ({False} if options else {False, True})
+    assert any("optimizer" in row.parts for row in measured) == (cut == "deepseek-v3")
 
 
 @pytest.mark.slow
