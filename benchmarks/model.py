@@ -48,7 +48,7 @@ CASES = (
     *(Case(mode, weights, backend) for weights in DTYPES for mode in MODES for backend in BACKENDS),
     Case(backend=DEFAULT, optimizer=True),
     Case(backend=OPTIMIZED, optimizer=True),
-    Case(backend=OPTIMIZED, checkpoint="keep-experts"),
+    *(Case(mode, weights, OPTIMIZED, checkpoint="keep-experts") for weights in DTYPES for mode in MODES),
     Case(backend=DEFAULT, checkpoint="off"),
     Case(backend=OPTIMIZED, checkpoint="off"),
 )
