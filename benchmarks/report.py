@@ -304,7 +304,7 @@ def page(records: dict[str, Record]) -> str:
             many = f"{record['lora_model']['layers']} layers"
             text += f"\n## A training step of LoRA, {many}\n\n{model_section(record)}"
     text += step_sections(records)
-    commands = "\n".join(record["environment"]["command"] for record in records.values())
+    commands = "\n".join(dict.fromkeys(record["environment"]["command"] for record in records.values()))
     return (
         text
         + f"""
