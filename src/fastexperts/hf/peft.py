@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastexperts.dtypes import DTYPES
-from fastexperts.errors import refuse
+from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.inventory import in_interface
 from fastexperts.hf.plain import check_plain
 from fastexperts.weights import Lora
@@ -40,9 +40,12 @@ def install(name: str) -> None:
         ParamWrapper._activate_lora = _handing_over(ParamWrapper._activate_lora, name)
 
 
-def update_of(module: Any, parameter: str) -> Lora | None:
-    """What active adapters add to a parameter of `module` in this call, as [E, r, in] and [E, out, r]."""
-    updates = module.__dict__.get(_ATTRIBUTE, {}).get(parameter)
+def take_update(module: Any, parameter: str) -> Lora | None:
+    """What active adapters add to a parameter of `module` in this call, as [E, r, in] and [E, out, r].
+
+    It can be taken once: what is still there when the call ends was not read, and the wrapper raises.
+    """
+    updates = module.__dict__.get(_ATTRIBUTE, {}).pop(parameter, None)
     return Lora.of(updates) if updates else None
 
 
@@ -60,11 +63,25 @@ def _handing_over(fold: Callable[..., Any], name: str) -> Callable[..., Any]:
         handed[parameter] = [_lora(wrapper, adapter, module.is_transposed) for adapter in adapters]
         try:
             yield
+            if parameter in handed:
+                raise _not_read(module, parameter)
         finally:
-            del handed[parameter]
+            handed.pop(parameter, None)
 
     setattr(activate, _OURS, True)
     return activate
+
+
+def _not_read(module: Any, parameter: str) -> FastexpertsError:
+    return refuse(
+        type(module).__name__,
+        "forward",
+        got=f"one that ended without reading the adapter of {parameter}",
+        needs="fastexperts' forward, as the config of the experts says: what ran instead is another's, and the "
+        "adapter would neither count nor train",
+        way_out="Train with use_liger_kernel=False and use_kernels=False and without a patch of the experts, or "
+        "call model.set_experts_implementation('eager'), under which PEFT folds the adapter in.",
+    )
 
 
 def _serves(module: Any, parameter: str, name: str) -> bool:
