@@ -225,7 +225,7 @@ def test_a_forward_that_reads_no_adapter_is_refused():
     _, wanted = run(model, "eager")
     experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
     experts.forward = MethodType(type(experts).forward.__wrapped__, experts)
-    with pytest.raises(FastexpertsError, match="without reading the adapter of gate_up_proj.*use_liger_kernel"):
+    with pytest.raises(FastexpertsError, match=r"without reading .* gate_up_proj.*use_liger"):
         run(model, "fastexperts")
     assert take_update(experts, "gate_up_proj") is None
     _, folded = run(model, "eager")  # the way out

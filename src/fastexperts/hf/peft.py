@@ -60,7 +60,7 @@ def _handing_over(fold: Callable[..., Any], name: str) -> Callable[..., Any]:
                 yield
             return
         handed = module.__dict__.setdefault(_ATTRIBUTE, {})
-        handed[parameter] = [_lora(wrapper, adapter, module.is_transposed) for adapter in adapters]
+        handed[parameter] = [_lora(wrapper, adapter) for adapter in adapters]
         try:
             yield
             if parameter in handed:
@@ -77,10 +77,9 @@ def _not_read(module: Any, parameter: str) -> FastexpertsError:
         type(module).__name__,
         "forward",
         got=f"one that ended without reading the adapter of {parameter}",
-        needs="fastexperts' forward, as the config of the experts says: what ran instead is another's, and the "
-        "adapter would neither count nor train",
-        way_out="Train with use_liger_kernel=False and use_kernels=False and without a patch of the experts, or "
-        "call model.set_experts_implementation('eager'), under which PEFT folds the adapter in.",
+        needs="fastexperts' forward, which the config names: what ran instead leaves the adapter out",
+        way_out="Train with use_liger_kernel=False and use_kernels=False and without a patch of the experts, "
+        "or call model.set_experts_implementation('eager'), under which PEFT folds the adapter in.",
     )
 
 
@@ -93,19 +92,14 @@ def _serves(module: Any, parameter: str, name: str) -> bool:
     return parameter in names and weight is not None and weight.dim() == 3 and weight.dtype in DTYPES
 
 
-def _lora(wrapper: Any, adapter: str, transposed: bool) -> Lora:
-    """The factors of an adapter. PEFT stores A by expert, [E * r, .], and B by rank, [., r * E]; which of the
-    two faces the outputs depends on what it took for them when it was made.
-    """
+def _lora(wrapper: Any, adapter: str) -> Lora:
+    """The factors of an adapter, which PEFT stores by expert, A [E * r, in], and by rank, B [out, r * E]."""
     experts = wrapper.num_experts
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     _check_whole(wrapper.get_base_layer(), experts, {"lora_A": a, "lora_B": b})
+    # A faces the inputs in both layouts of the weight: PEFT reads `is_transposed`, since the oldest we serve.
     a_ERI: Tensor = a.unflatten(0, (experts, -1))
     b_EOR: Tensor = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    in_last = bool(wrapper._did_swap_in_out_features)  # PEFT's delta is [E, O, I], else [E, I, O]
-    if in_last == transposed:
-        # the stored weight's outputs face A: the update is A^T B^T
-        a_ERI, b_EOR = b_EOR.transpose(1, 2), a_ERI.transpose(1, 2)
     return Lora(a_ERI, b_EOR, wrapper.scaling[adapter])
 
 
