@@ -147,7 +147,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def _weight(module: Any, name: str) -> Weight:
     """The projection `name` of an experts module, with its bias and what adapters add to it."""
     bias = getattr(module, name + "_bias") if module.has_bias else None
-    return Weight(getattr(module, name), module.is_transposed, bias, peft.update_of(module, name))
+    return Weight(getattr(module, name), module.is_transposed, bias, peft.take_update(module, name))
 
 
 def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
