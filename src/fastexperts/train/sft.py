@@ -159,6 +159,14 @@ def make_trainer(
         raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
     PerformanceCallback(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise refuse(
+            "train",
+            "model",
+            got="a model without a trainable parameter",
+            needs="some",
+            way_out="Set `requires_grad` of what is to be trained, or `training.method: lora`.",
+        )
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",
