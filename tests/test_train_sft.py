@@ -13,8 +13,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastexperts.errors import FastexpertsError
+from fastexperts.train.data import load_documents
+from fastexperts.train.models import load_model, load_tokenizer
 from fastexperts.train.recipe import parse_recipe
-from fastexperts.train.sft import sft_config, train
+from fastexperts.train.sft import make_trainer, sft_config, train
 
 PROCESS = Path(__file__).parent / "train_process.py"
 
@@ -94,6 +96,15 @@ def test_auxiliary_loss_as_asked(tmp_path, coefficient, logged):
 def test_auxiliary_loss_that_a_model_does_not_have(tmp_path):
     with pytest.raises(FastexpertsError, match="router_aux_loss_coef"):
         run(tmp_path, "tiny-deepseek-v3", router_aux_loss_coef=0.1)
+
+
+def test_a_model_with_nothing_to_train_is_refused(tmp_path):
+    recipe = parse_recipe(settings(tmp_path))
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_model(recipe.model, tokenizer, torch.float32, 0).requires_grad_(False)
+    documents = load_documents(recipe.data, 0)
+    with pytest.raises(FastexpertsError, match="without a trainable parameter"):
+        make_trainer(sft_config(recipe), model, tokenizer, documents, Console(quiet=True))
 
 
 def test_chat_needs_a_template(tmp_path):

@@ -179,6 +179,14 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     for meter in (PerformanceCallback, RoutingHealth):
         meter(say=_sayer(console)).attach(trainer)
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise refuse(
+            "train",
+            "model",
+            got="a model without a trainable parameter",
+            needs="some",
+            way_out="Set `requires_grad` of what is to be trained, or `training.method: lora`.",
+        )
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",
