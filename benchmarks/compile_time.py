@@ -5,13 +5,19 @@
 Every line of the first table is a process of its own, on an empty or a filled TRITON_CACHE_DIR. A step is
 forward and backward with all gradients of one layer in bf16. Compilations are counted in the caches that
 our kernels hold in memory: one that was found on disk counts as well.
+
+The floor is what Triton itself takes for the first launch of an empty kernel that it finds on disk: its
+import and, for its cache's keys, a hash of its own library (460 MB). `--profile` prints where the time of a
+warm first step goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -38,7 +44,7 @@ def compilations() -> int:
     return sum(map(len, caches))
 
 
-def child(shape_name: str, tokens: int) -> dict[str, object]:
+def child(shape_name: str, tokens: int, profile: bool = False) -> dict[str, object]:
     """One process: import, CUDA context, two steps, and then the changes."""
 
     def seconds(call: Callable[[], object]) -> float:
@@ -68,6 +74,9 @@ def child(shape_name: str, tokens: int) -> dict[str, object]:
 
     step = step_of(tokens, "balanced")
     torch.cuda.synchronize()
+    if profile:
+        profiled(lambda: seconds(step))
+        return {}
     first, second = seconds(step), seconds(step)
     built = compilations()
     if not built:
@@ -81,14 +90,40 @@ def child(shape_name: str, tokens: int) -> dict[str, object]:
     return {**times, "built": built, "changes": changes}
 
 
-def run_child(shape: str, tokens: int, cache: str) -> dict[str, object]:
-    """`child` in a process of its own, with Triton's cache in `cache`."""
-    command = [sys.executable, __file__, "--child", "--shape", shape, "--tokens", str(tokens)]
+def floor() -> dict[str, object]:
+    """One process: the first launch of an empty kernel, Triton's import included."""
+    import torch
+
+    torch.zeros(1, device="cuda")
+    start = time.perf_counter()
+    import triton
+
+    @triton.jit
+    def empty(p_x):  # type: ignore[no-untyped-def]
+        pass
+
+    empty[(1,)](torch.zeros(1, device="cuda"))
+    torch.cuda.synchronize()
+    return {"first_launch_s": time.perf_counter() - start}
+
+
+def profiled(call: Callable[[], object]) -> None:
+    """Print what `call` spends its time in, to stderr."""
+    profile = cProfile.Profile()
+    profile.runcall(call)
+    pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(45)
+
+
+def run_child(shape: str, tokens: int, cache: str, *flags: str) -> dict[str, object]:
+    """`child`, or what `flags` name, in a process of its own, with Triton's cache in `cache`."""
+    command = [sys.executable, __file__, "--child", "--shape", shape, "--tokens", str(tokens), *flags]
     environment = {**os.environ, "TRITON_CACHE_DIR": cache}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith(MARK)]
     if result.returncode or not lines:
         raise SystemExit(f"the run on {cache} failed:\n{result.stdout}\n{result.stderr}")
+    if "--profile" in flags:
+        print(result.stderr, file=sys.stderr)
     return json.loads(lines[-1].removeprefix(MARK))
 
 
@@ -99,15 +134,21 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3-30b")
     parser.add_argument("--tokens", type=int, default=256, help="of the first step")
     parser.add_argument("--output", help="without a suffix")
+    parser.add_argument("--profile", action="store_true", help="of a warm first step, to stderr")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--floor", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(MARK + json.dumps(child(args.shape, args.tokens)))
+        found = floor() if args.floor else child(args.shape, args.tokens, args.profile)
+        print(MARK + json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as cache:
         runs = [
             {"cache": name, **run_child(args.shape, args.tokens, cache)} for name in ("cold", "warm", "warm")
         ]
+        _, floor_run = (run_child(args.shape, args.tokens, cache, "--floor") for _ in range(2))
+        if args.profile:
+            run_child(args.shape, args.tokens, cache, "--profile")
     # all three see the same changes; what the cold one compiled, the others find on disk and count too
     changes = runs[0]["changes"]
     for run in runs:
@@ -117,7 +158,7 @@ def main() -> None:
     from report import compile_section
     from results import environment, write
 
-    found = {"shape": args.shape, "tokens": args.tokens, "runs": runs, "changes": changes}
+    found = {"shape": args.shape, "tokens": args.tokens, "runs": runs, "changes": changes, "floor": floor_run}
     record = {"environment": environment(), "compile": found}
     print(compile_section(record))
     if args.output:

@@ -9,7 +9,7 @@ from spies import use_interpreter
 from support import ACTIVATION_ROWS, Case, check_case
 from transformers.activations import ACT2FN
 
-from fastexperts import ACTIVATIONS, Activation, FastexpertsError
+from fastexperts import ACTIVATIONS, Activation, FastexpertsError, moe_mlp
 from fastexperts.activations import FUNCTIONS, SWIGLU, resolve
 
 THEIR_NAME = {"gelu_tanh": "gelu_pytorch_tanh"}
@@ -98,6 +98,24 @@ def test_triton_form(name, monkeypatch):
     check_case(case)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4])
+def test_caps_of_small_values_keep_their_digits(scale, monkeypatch):
+    """In fp32, tanh by a sigmoid cancels near 0."""
+    use_interpreter(monkeypatch)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) * scale
+    ids, weight, w1 = torch.zeros(64, 1, dtype=torch.long), torch.ones(64, 1), torch.eye(16)[None]
+    act = dataclasses.replace(ACTIVATION_ROWS["swiglu capped"], gate_cap=4.0, up_cap=25.0)
+    x.requires_grad_()
+    out = moe_mlp(x, ids, weight, torch.cat([w1, w1], dim=1), w1, activation=act)
+    wide = x.detach().double().requires_grad_()
+    truth = act.forward(torch.cat([wide, wide], dim=1))
+    for got, wanted in (
+        (out, truth),
+        (torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(truth.sum(), wide)[0]),
+    ):
+        assert (got - wanted).norm() < 1e-6 * wanted.norm()
+
+
 @pytest.mark.parametrize("name", ACTIVATION_ROWS)
 def test_travels_through_a_schema(name):
     act = ACTIVATION_ROWS[name]
@@ -122,6 +140,11 @@ def test_names_resolve_and_others_are_refused():
         ({"fn": "gelu", "gate_cap": 2.0}, "gate_cap"),
         ({"fn": "silu", "up_cap": -1.0}, "up_cap"),
         ({"fn": "relu2", "gated": False, "interleaved": True}, "interleaved"),
+        ({"fn": "silu", "gated": False, "up_shift": 1.0}, "up_shift"),
+        ({"fn": "silu", "gated": False, "up_cap": 2.0}, "up_cap"),
+        ({"fn": "silu", "alpha": math.nan}, "alpha"),
+        ({"fn": "silu", "limit": None}, "limit"),
+        ({"fn": "silu", "limit": "7"}, "limit"),
     ],
     ids=str,
 )

@@ -2,6 +2,9 @@
 primitive.
 """
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from spies import use_interpreter
@@ -137,8 +140,20 @@ def test_bf16_in_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x, w = torch.ones(2, 16, dtype=torch.bfloat16), torch.ones(1, 16, 16, dtype=torch.bfloat16)
     ids, weight = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
-    with pytest.raises(fastexperts.FastexpertsError, match=r"bfloat16 on the CPU.*Unset FASTEXPERTS_BACKEND"):
+    with pytest.raises(
+        fastexperts.FastexpertsError, match=r"1, for bfloat16.*Unset it and FASTEXPERTS_BACKEND"
+    ):
         fastexperts.moe_mlp(x, ids, weight, w, w, activation="relu2")
+    with pytest.raises(fastexperts.FastexpertsError, match="1, for bfloat16"):  # whatever the tensors' device
+        kernels.block_m(torch.device("cuda", 0), torch.bfloat16)
+
+
+def test_layers_run_on_the_device_of_their_tensors():
+    """As a model spread over GPUs calls them: Triton launches on the current device."""
+    with mock.patch.object(torch.cuda, "current_device", return_value=0):
+        assert isinstance(backend.current(torch.device("cuda", 1)), torch.cuda.device)
+        for here in (torch.device("cuda", 0), torch.device("cpu")):
+            assert isinstance(backend.current(here), contextlib.nullcontext)
 
 
 def test_a_schedule_of_another_backend_is_refused(monkeypatch):

@@ -341,6 +341,9 @@ COMPILED = {
 
 def test_compile_section():
     text = report.page({"compile-time": COMPILED})
+    assert "Triton itself" not in text
+    measured = {**COMPILED, "compile": {**COMPILED["compile"], "floor": {"first_launch_s": 2.5}}}
+    assert "Triton itself takes 2.50 s" in report.page({"compile-time": measured})
     assert "| cold | 5.00 | 0.20 | **31.50** | 2.0 | 11 |" in text
     assert "| T = 7, balanced | 0 |" in text
 

@@ -5,8 +5,7 @@ import torch
 from test_gpu import build, check, ours, shapes
 
 tiles = pytest.importorskip("fastexperts.kernels.tiles")
-kernels = ("grouped_mm", "hopper_mm", "hopper_dw")
-grouped_mm, hopper_mm, hopper_dw = (pytest.importorskip(f"fastexperts.kernels.{name}") for name in kernels)
+launch, ring = (pytest.importorskip(f"fastexperts.kernels.{name}") for name in ("launch", "ring"))
 pytestmark = pytest.mark.gpu
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -22,13 +21,13 @@ def test_the_table_serves_this_gpu():
 @pytest.mark.parametrize(("arch", "size"), KEYS)
 def test_entries(arch, size, tokens, kind, monkeypatch):
     """Older architectures' tiles run here too, on pointers as there."""
-    major = int(arch[2:]) // 10 if arch.startswith("sm") else 0
+    name, *_ = arch.split()
+    major = int(name[2:]) // 10 if name.startswith("sm") else 0
     if major > torch.cuda.get_device_capability()[0]:
         pytest.skip(f"needs {arch}")
-    if 0 < major < 9:
+    if 0 < major < 9 or arch.endswith("pointers"):
         monkeypatch.setenv("FASTEXPERTS_TMA", "0")
-    for module in (grouped_mm, hopper_mm, hopper_dw):  # the ring has test_gpu.py
-        monkeypatch.setattr(module, "available", lambda *tensors: False)
+    monkeypatch.setattr(ring, "_is_hopper", lambda device: False)  # the ring has test_gpu.py
     used = set()
 
     def lookup(device, dtype, name):
@@ -37,6 +36,6 @@ def test_entries(arch, size, tokens, kind, monkeypatch):
 
     monkeypatch.setattr(tiles, "tile", lookup)
     inputs = build(shapes.SHAPES["qwen3-30b"], tokens, kind, DTYPES[size])
-    out = ours(inputs)
-    assert used == tiles.TABLE[arch, size].keys()
-    check(inputs, out, DTYPES[size])
+    with launch.forgotten():
+        check(inputs, ours(inputs), DTYPES[size])
+    assert used == tiles.TABLE[arch, size].keys() - {"shrink"}  # of updates, which test_gpu_lora.py has

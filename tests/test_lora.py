@@ -127,8 +127,42 @@ def test_factors_that_do_not_fit_each_other_are_refused():
         Lora(torch.zeros(4, 2, 8), torch.zeros(4, 6, 3))
     with pytest.raises(FastexpertsError, match=r"`a` got \[8, 8\]; it needs a tensor \[experts"):
         Lora(torch.zeros(8, 8), torch.zeros(4, 6, 2))
-    with pytest.raises(FastexpertsError, match="on meta; it needs a floating dtype on cpu"):
+    with pytest.raises(FastexpertsError, match=r"on meta; it needs one of .* on cpu, as w"):
         Weight(W, lora=Lora(torch.zeros(4, 2, 8, device="meta"), torch.zeros(4, 6, 2)))
+
+
+def test_what_is_no_update_is_refused():
+    a, b = torch.zeros(4, 2, 8), torch.zeros(4, 6, 2)
+    with pytest.raises(FastexpertsError, match="`scale` got Tensor; it needs a number: it gets no gradient"):
+        Lora(a, b, torch.ones((), requires_grad=True))
+    with pytest.raises(FastexpertsError, match="`lora` got tuple; it needs a fastexperts"):
+        Weight(W, lora=(a, b))
+    with pytest.raises(FastexpertsError, match="`bias` got list"):
+        Weight(W, bias=[1.0])
+    with pytest.raises(FastexpertsError, match=r"`lora\.a` got torch\.float8_e4m3fn"):
+        Weight(W, lora=Lora(a.to(torch.float8_e4m3fn), b))
+
+
+def test_each_factor_has_its_own_dtype_and_no_gradient_is_rounded_to_anothers():
+    case = Case(tokens=33, experts=4, dims=(48, 80), dtype=torch.float32)
+    inputs, generator = build(case), torch.Generator().manual_seed(1)
+
+    def factors(dtype):
+        sizes = ((4, 3, 48), (4, 160, 3), (4, 3, 80), (4, 48, 3))
+        made = [torch.randn(size, generator=generator) * 0.1 for size in sizes]
+        return [made[0].to(dtype).float().to(dtype), *made[1:]]
+
+    def gradients(leaves):
+        a1, b1, a2, b2 = [leaf.clone().requires_grad_() for leaf in leaves]
+        w1, w2 = Weight(inputs.w1, lora=Lora(a1, b1)), Weight(inputs.w2, lora=Lora(a2, b2))
+        out = moe_mlp(inputs.x, inputs.ids, inputs.weight, w1, w2)
+        return torch.autograd.grad(out, [a1, b1, a2, b2], inputs.dout)
+
+    mixed = factors(torch.bfloat16)
+    found, expected = gradients(mixed), gradients([factor.float() for factor in mixed])
+    assert [grad.dtype for grad in found] == [torch.bfloat16] + 3 * [torch.float32]
+    for got, wanted in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_of_a_transposed_and_interleaved_weight(backend):

@@ -194,6 +194,50 @@ def test_autocast_over_fp32_weights(dtype, frozen):
         error.check()
 
 
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32], ids=str)
+def test_biases_of_another_dtype_than_the_products(kept, bias_dtype):
+    """As gpt_oss has under autocast, or with fp32 biases alone."""
+    case = Case(tokens=33, dims=(48, 80), bias=True)
+    inputs = build(case)
+    w1, w2 = (inputs.w1.to(kept).requires_grad_(), inputs.w2.to(kept).requires_grad_())
+    b1, b2 = (inputs.b1.to(bias_dtype).requires_grad_(), inputs.b2.to(bias_dtype).requires_grad_())
+    x = inputs.x.to(torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = moe_mlp(x, inputs.ids, inputs.weight, Weight(w1, bias=b1), Weight(w2, bias=b2))
+    grads = torch.autograd.grad(out, [x, w1, w2, b1, b2], inputs.dout.to(out.dtype))
+    assert [out.dtype, *(grad.dtype for grad in grads)] == [x.dtype] * 2 + [kept] * 2 + [bias_dtype] * 2
+    truth = run_reference(case, inputs.double())
+    for name, got in zip(("out", "dx", "dw1", "dw2", "db1", "db2"), (out, *grads), strict=True):
+        assert (got.double() - truth[name]).norm() < 0.02 * truth[name].norm(), name
+
+
+def test_forward_mode_is_refused(backend):
+    inputs, (x, *others) = leaves(asked=())
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda a: call(inputs, [a, *others]), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            call(inputs, [torch.autograd.forward_ad.make_dual(x, x), *others])
+        assert call(inputs, [x, *others]).isfinite().all()
+
+
+def test_fp64_is_left_alone_by_autocast():
+    """As by PyTorch's own."""
+    inputs, tensors = leaves(Case(tokens=33, dims=(48, 80), dtype=torch.float64))
+    plain = call(inputs, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(call(inputs, tensors), plain)
+
+
+def test_gradients_of_strided_biases_are_contiguous():
+    """As the fake says to torch.compile."""
+    inputs = build(Case(tokens=33, dims=(48, 80), bias=True))
+    b1 = torch.zeros(160, 4).t().requires_grad_()
+    out = moe_mlp(inputs.x, inputs.ids, inputs.weight, Weight(inputs.w1, bias=b1), inputs.w2)
+    assert torch.autograd.grad(out.sum(), b1)[0].is_contiguous()
+
+
 def test_autocast_is_only_the_default_of_dtype():
     inputs, tensors = leaves()
     plain = step(inputs, tensors)

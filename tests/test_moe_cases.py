@@ -61,7 +61,7 @@ def expected_ops(case: Case) -> list[str]:
         return forward
     return [
         *forward,
-        "dh",
+        *(["dh"] if asked - {"b2"} else []),
         *(["dw"] if "w2" in asked else []),
         *(["db"] if "b2" in asked else []),
         *(["dx", "combine"] if "x" in asked else []),

@@ -1,5 +1,7 @@
 """The fast subset that mutants.py runs: few cases that together reach every kernel, option and index map."""
 
+import sys
+
 import pytest
 import torch
 from spies import poison, use_interpreter
@@ -25,8 +27,9 @@ def test_routing(tokens, monkeypatch):
     use_interpreter(monkeypatch)
     from fastexperts import kernels
 
+    monkeypatch.setattr(kernels.routing, "CHUNK", 4)  # a scan of several steps without 65,536 pairs
     ids = torch.randint(-1, 6, (tokens, 2))
-    with poison():
+    with poison(), kernels.launch.forgotten():
         got = kernels.route(ids, 5, 16).tensors
     expected = route_torch(ids, 5, 16).tensors
     live = 1 + int(expected[3][0, 0])
@@ -41,6 +44,16 @@ def test_kernels(case, monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_TMA", str(int(case.tma)))
     with poison():
         check_case(case)
+
+
+def test_columns_in_several_blocks(monkeypatch):
+    """As with more than 2,048 of them."""
+    use_interpreter(monkeypatch)
+    from fastexperts import kernels
+
+    monkeypatch.setattr(sys.modules["fastexperts.kernels.combine"], "_BLOCK_D", 16)
+    with poison(), kernels.launch.forgotten():
+        check_case(Case(tokens=33, experts=4, dims=(48, 80)))
 
 
 def test_kernels_with_updates(monkeypatch):

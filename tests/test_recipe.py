@@ -200,6 +200,15 @@ CASES = {
     ),
     "column of numbers": (data_file("n.jsonl", '{"text": 3}\n'), "column of int64", "a column of text"),
     "null document": (data_file("n.jsonl", '{"text": "a"}\n{"text": null}\n'), "1 empty rows", "Remove them"),
+    "null settings of the template": (
+        data_file(
+            "m.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"b": 1}}\n'
+            '{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": null}\n',
+        ),
+        "`data column chat_template_kwargs` got 1 empty rows",
+        "Remove them",
+    ),
     "assistant-only loss of plain text": (
         put("data.assistant_only_loss", True),
         "`data.assistant_only_loss`",

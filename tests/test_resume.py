@@ -205,6 +205,22 @@ def test_resume_refuses_what_it_cannot_continue(finished_run, tmp_path):
         find_start(finished_run, resume=True)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_finished_run_is_not_trained_on(finished_run, saved):
+    """Neither when it is resumed again, nor when it was killed between its last checkpoint and its model."""
+    folder = Path(finished_run.output_dir)
+    want = load_file(folder / "model/model.safetensors")
+    if not saved:
+        shutil.rmtree(folder / "model")
+    for _ in range(2):
+        result = train(finished_run, resume=True)
+        assert result.trainer.state.global_step == 4
+        assert [step for step, _ in result.losses] == [1, 2, 3, 4]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    got = load_file(folder / "model/model.safetensors")
+    assert [key for key in want if not torch.equal(want[key], got[key])] == []
+
+
 def test_resume_may_change_how_often_it_logs_and_saves(finished_run, tmp_path):
     changed = parse_recipe(settings(tmp_path, steps=4, save_steps=1, logging_steps=3))
     assert find_start(changed, resume=True).checkpoint == Path(finished_run.output_dir) / "checkpoint-4"

@@ -74,8 +74,8 @@ def _without_kernels(original):
 def test_descriptors_need_16_bytes(monkeypatch):
     monkeypatch.setenv("FASTEXPERTS_TMA", "1")
 
-    def path(tensor, parts=1):
-        return "descriptor" if operands.operand(tensor, [16, 16], parts) else "pointer"
+    def path(tensor):
+        return "descriptor" if operands.operand(tensor, [16, 16]) else "pointer"
 
     base = torch.zeros(32, 40)
     assert path(base) == "descriptor"
@@ -86,8 +86,6 @@ def test_descriptors_need_16_bytes(monkeypatch):
     assert path(torch.zeros(32, 39)) == "pointer"
     assert path(base[:0]) == "pointer"
     assert path(base[:1].expand(32, 40)) == "pointer"
-    assert path(base, parts=2) == "descriptor"
-    assert path(torch.zeros(32, 36), parts=2) == "pointer"
     monkeypatch.setenv("FASTEXPERTS_TMA", "0")
     assert path(base) == "pointer"
 

@@ -25,9 +25,9 @@ CHAT = [
 ]
 
 
-def trainer_for(folder, config="tiny-qwen3-moe", attention="sdpa", **data):
+def trainer_for(folder, config="tiny-qwen3-moe", attention="sdpa", tokenizer=None, **data):
     content = settings(folder, config, checkpoint="off")
-    content["model"]["attention"] = attention
+    content["model"] |= {"attention": attention, "tokenizer": tokenizer and str(tokenizer)}
     content["data"] |= data
     recipe = parse_recipe(content)
     tokenizer = load_tokenizer(recipe.model)
@@ -120,6 +120,28 @@ def test_without_it_every_token_of_a_chat_is_learned(tmp_path):
     trainer = trainer_for(tmp_path, files=str(path), packing=False, max_length=256)
     batch = next(iter(trainer.get_train_dataloader()))
     assert torch.equal(batch["labels"], batch["input_ids"])
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_tools_and_settings_of_the_template_are_in_the_text(tmp_path, encoded):
+    tools = [{"type": "function", "function": {"name": "route", "parameters": {}}}]
+    rows = {
+        "messages": CHAT,
+        "tools": json.dumps(tools) if encoded else tools,
+        "chat_template_kwargs": {"mood": "calm"},
+        "other": "not read",
+    }
+    path = tmp_path / "chat.jsonl"
+    path.write_text((json.dumps(rows) + "\n") * 4)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{%- for tool in tools %}{{- tool.function.name }}{%- endfor %}{{- mood }}" + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    trainer = trainer_for(tmp_path, tokenizer=tmp_path / "tokenizer", files=str(path), max_length=256)
+    text = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+    assert text.startswith("routecalm<|im_start|>system")
+    assert "other" not in load_documents(DataSettings(files=str(path)), 0).train.column_names
 
 
 def test_a_byte_is_a_token_and_text_round_trips():

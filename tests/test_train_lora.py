@@ -181,6 +181,17 @@ def finished(tmp_path):
     return run(tmp_path, steps=2, save_steps=2)[0]
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_adapter_is_no_model_to_train_on(finished, tmp_path, method):
+    """Loaded as one it has frozen weights, and a full run would train nothing."""
+    again = tmp_path / "again"
+    again.mkdir()
+    content = settings(again, method=method) | {"model": {"path": str(finished.model_folder)}}
+    with pytest.raises(FastexpertsError, match=r"model.path.*an adapter.*--to merged"):
+        train(parse_recipe(content), console=Console(quiet=True))
+    assert not (again / "run").exists()
+
+
 def drop(tensors):
     tensors.pop(next(iter(tensors)))
 

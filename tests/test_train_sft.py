@@ -13,8 +13,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fastexperts.errors import FastexpertsError
+from fastexperts.train.data import load_documents
+from fastexperts.train.models import load_model, load_tokenizer
 from fastexperts.train.recipe import parse_recipe
-from fastexperts.train.sft import sft_config, train
+from fastexperts.train.sft import make_trainer, sft_config, train
 
 PROCESS = Path(__file__).parent / "train_process.py"
 
@@ -37,10 +39,10 @@ def test_the_loss_goes_down(tmp_path, config):
     assert any(".experts.0." in key for key in keys), "per expert, as the family's checkpoints are"
     assert not any("gate_up_proj" in key for key in keys)
     # Each routed token is counted once, though routers run again in the backward.
-    layers, experts = result.load_LE.shape
+    layers, experts = result.routing.load_LE.shape
     top_k = result.trainer.model.config.num_experts_per_tok
     tokens = result.trainer._total_train_tokens
-    assert result.load_LE.sum(1).tolist() == [tokens * top_k] * layers
+    assert result.routing.load_LE.sum(1).tolist() == [tokens * top_k] * layers
     assert experts == {"tiny-mixtral": 8}.get(config, 16)
 
 
@@ -69,7 +71,7 @@ def test_evaluation_padding_and_tensorboard(tmp_path):
     evaluated = [entry["step"] for entry in result.trainer.state.log_history if "eval_loss" in entry]
     assert evaluated == [2, 4]
     assert list(result.folder.rglob("events.out.tfevents.*"))
-    assert result.load_LE.sum(1).tolist() == [result.trainer._total_train_tokens * 4] * 2, (
+    assert result.routing.load_LE.sum(1).tolist() == [result.trainer._total_train_tokens * 4] * 2, (
         "no padding, no evaluation"
     )
 
@@ -94,6 +96,15 @@ def test_auxiliary_loss_as_asked(tmp_path, coefficient, logged):
 def test_auxiliary_loss_that_a_model_does_not_have(tmp_path):
     with pytest.raises(FastexpertsError, match="router_aux_loss_coef"):
         run(tmp_path, "tiny-deepseek-v3", router_aux_loss_coef=0.1)
+
+
+def test_a_model_with_nothing_to_train_is_refused(tmp_path):
+    recipe = parse_recipe(settings(tmp_path))
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_model(recipe.model, tokenizer, torch.float32, 0).requires_grad_(False)
+    documents = load_documents(recipe.data, 0)
+    with pytest.raises(FastexpertsError, match="without a trainable parameter"):
+        make_trainer(sft_config(recipe), model, tokenizer, documents, Console(quiet=True))
 
 
 def test_chat_needs_a_template(tmp_path):

@@ -92,6 +92,16 @@ class Activation:
                 needs=f"one of {', '.join(FUNCTIONS)}",
                 way_out="Add a row to fastexperts.activations.FUNCTIONS and kernels/activation.py.",
             )
+        for name in ("alpha", "limit", "up_shift", "gate_cap", "up_cap"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or math.isnan(value):
+                raise refuse(
+                    "Activation",
+                    name,
+                    got=repr(value),
+                    needs="a number",
+                    way_out="Leave it out for none.",
+                )
         for name in ("limit", "gate_cap", "up_cap"):
             if not getattr(self, name) > 0:
                 raise refuse(
@@ -110,14 +120,15 @@ class Activation:
                     needs=f"{neutral} for {self.fn}",
                     way_out="Only silu is scaled and capped.",
                 )
-        if self.interleaved and not self.gated:
-            raise refuse(
-                "Activation",
-                "interleaved",
-                got=True,
-                needs="False without a gate",
-                way_out="There is nothing to alternate with.",
-            )
+        for name, neutral in (("up_shift", 0.0), ("up_cap", math.inf), ("interleaved", False)):
+            if getattr(self, name) != neutral and not self.gated:
+                raise refuse(
+                    "Activation",
+                    name,
+                    got=getattr(self, name),
+                    needs=f"{neutral} without a gate",
+                    way_out="It is about the up projection beside a gate.",
+                )
 
     @property
     def parts(self) -> int:

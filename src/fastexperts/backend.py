@@ -2,7 +2,7 @@
 FASTEXPERTS_BACKEND overrides.
 
 `Backend` lists the primitives that moe.py composes, one per line of its dataflow. They are plain functions:
-torch.library sees the layer whole (moe.py), because a dispatch of each costs more host time than its launch.
+torch.library sees the layer whole (ops.py), because a dispatch of each costs more host time than its launch.
 
 Legend: T tokens, K top-k, P = T*K rows, E experts, D model dim, F expert intermediate dim, C parts of h (2
 gated, 1 otherwise), G = C*F. Rows behind offsets_E1[E] are undefined in every [P, ...] tensor and never read.
@@ -10,7 +10,7 @@ gated, 1 otherwise), G = C*F. Rows behind offsets_E1[E] are undefined in every [
 
 from __future__ import annotations
 
-import os
+import contextlib
 from typing import Protocol, cast
 
 import torch
@@ -115,7 +115,7 @@ def name(device: torch.device) -> str:
     requested = settings.backend()
     if requested == "torch" or (requested == "auto" and device.type != "cuda"):
         return "torch"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and not settings.interpreted():
         raise refuse(
             "fastexperts",
             "FASTEXPERTS_BACKEND",
@@ -140,15 +140,10 @@ def load(device: torch.device) -> Backend:
     return cast(Backend, kernels)
 
 
-def check_current(device: torch.device) -> None:
-    """Raise unless `device` is where Triton launches: on the current device and its stream, whatever the
-    tensors' device is.
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make `device` the current one: Triton launches there, whatever device its tensors are on. A model that
+    accelerate spread over several GPUs calls its layers wherever they are.
     """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        raise refuse(
-            "fastexperts",
-            "device",
-            got=f"tensors on {device} while cuda:{torch.cuda.current_device()} is the current device",
-            needs="tensors on the current device",
-            way_out="Call it inside `with torch.cuda.device(x.device):`.",
-        )
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()

@@ -129,10 +129,9 @@ def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor
         weighted_PN = (
             weighted_PN * weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)].to(wide)[:, None]
         )
-    num_experts = len(like_EN)
-    sums = weighted_PN.new_zeros(num_experts + 1, like_EN.shape[1])  # the last takes rows without an expert
-    sums.index_add_(0, _expert_of_row(routing), weighted_PN)
-    return torch.empty_like(like_EN).copy_(sums[:num_experts])
+    # not index_add_, whose order of sums varies on a GPU
+    sums_EN = torch.segment_reduce(weighted_PN, "sum", offsets=routing.offsets_E1.long(), unsafe=True)
+    return sums_EN.to(like_EN.dtype)
 
 
 def _expert_of_row(routing: Routing) -> Tensor:
@@ -144,7 +143,8 @@ def _expert_of_row(routing: Routing) -> Tensor:
 def _biased(rows_PN: Tensor, bias_EN: Tensor | None, routing: Routing) -> Tensor:
     if bias_EN is None:
         return rows_PN
-    return rows_PN + bias_EN[_expert_of_row(routing).clamp(max=len(bias_EN) - 1)]
+    bias_PN = bias_EN[_expert_of_row(routing).clamp(max=len(bias_EN) - 1)]
+    return (rows_PN + bias_PN).to(rows_PN.dtype)
 
 
 def _gather(x_TD: Tensor, routing: Routing) -> Tensor:

@@ -82,19 +82,22 @@ def backward(
     h_PG, xa_PR, ya_PR = kept
     need_dx, need_dweight, need_dw1, need_dw2, need_dbias1, need_dbias2, *need_factors = needs
     need_da1, need_db1, need_da2, need_db2 = need_factors
-    dx_TD = dw1_EGD = dw2_EDF = dbias1 = dbias2 = da1 = db1 = da2 = db2 = step1 = step2 = plus_TK = None
+    dx_TD = dweight_TK = dw1_EGD = dw2_EDF = dbias1 = dbias2 = da1 = db1 = da2 = db2 = None
+    step1 = step2 = plus_TK = None
 
     x, dout = x_TD.to(dtype), dout_TD.to(dtype)
-    if layer.lora2:  # v = W2^T dout + a^T (b^T dout)
-        db_PR = ops.shrink(dout, layer.lora2.b.mT, routing, tokens=True)
-        step2 = Step(db_PR, layer.lora2.a)
-    if layer.bias2_ED is not None and need_dweight:
-        plus_TK = inner_products(dout, layer.bias2_ED, routing)
     need_dh = need_dx or need_dw1 or need_dbias1 or need_da1 or need_db1
-    dh_PG, wa_PF, dweight_TK = ops.dh(
-        dout, layer.w2_EDF.to(dtype), h_PG, layer.weight_TK, routing, layer.activation,
-        needs=(need_dh, need_dw2 or need_da2, need_dweight), more=step2, plus_TK=plus_TK,
-    )  # fmt: skip
+    need_wa = need_dw2 or need_da2
+    dh_PG = wa_PF = x.new_empty(0)
+    if need_dh or need_wa or need_dweight:
+        if layer.lora2:  # v = W2^T dout + a^T (b^T dout)
+            step2 = Step(ops.shrink(dout, layer.lora2.b.mT, routing, tokens=True), layer.lora2.a)
+        if layer.bias2_ED is not None and need_dweight:
+            plus_TK = inner_products(dout, layer.bias2_ED, routing)
+        dh_PG, wa_PF, dweight_TK = ops.dh(
+            dout, layer.w2_EDF.to(dtype), h_PG, layer.weight_TK, routing, layer.activation,
+            needs=(need_dh, need_wa, need_dweight), more=step2, plus_TK=plus_TK,
+        )  # fmt: skip
     if need_dw2:
         dw2_EDF = ops.dw(dout, wa_PF, routing, layer.w2_EDF, tokens="left")
     if layer.bias2_ED is not None and need_dbias2:

@@ -7,11 +7,13 @@ updates as `EXTRAS`, an absent tensor as an empty one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastexperts import backend, settings
 from fastexperts.activations import SWIGLU, Activation, resolve
@@ -50,17 +52,19 @@ def moe_mlp(
             for a non-gated activation; or a `Weight`, which may carry a bias and a low-rank update, `Lora`.
         w2: down projection [E, D, F], or a `Weight`.
         activation: an `Activation` or a name in `fastexperts.ACTIVATIONS`.
-        dtype: of the products; default the autocast dtype where autocast is on, else the dtype of `x_TD`.
+        dtype: of the products; default the autocast dtype where autocast is on (which leaves fp64 alone),
+            else the dtype of `x_TD`.
             Weights of another dtype are cast for the length of a pass, and get gradients in their own dtype.
         expert_parallel: w1 and w2 hold only this rank's experts, so K may exceed E (other ids are sentinels).
 
     Returns:
         out_TD [T, D] in the dtype of `x_TD`.
 
-    Differentiable once in x_TD, weight_TK, w1, w2, their biases and the factors of their updates; a second
-    derivative raises RuntimeError. Keeps x_TD, h [P, G] in `dtype`, the weights, the routing and of an update
-    its rows [P, r] for backward. Sums are fp32 (fp64 for fp64) in a fixed order: the same inputs give bitwise
-    the same results. Raises FastexpertsError for arguments that do not fit. Formulas: docs/how-it-works.md.
+    Differentiable once, backwards, in x_TD, weight_TK, w1, w2, their biases and the factors of their updates;
+    a second derivative, or forward mode, raises RuntimeError. Keeps x_TD, h [P, G] in `dtype`, the weights,
+    the routing and of an update its rows [P, r] for backward. Sums are fp32 (fp64 for fp64) in a fixed order:
+    the same inputs give bitwise the same results. Raises FastexpertsError for arguments that do not fit.
+    Formulas: docs/how-it-works.md.
     """
     activation = resolve(activation, "moe_mlp")
     w1, w2 = as_weight(w1), as_weight(w2)
@@ -68,10 +72,12 @@ def moe_mlp(
     if dtype is None:
         device = x_TD.device.type
         # "meta" has no autocast, and asking raises
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     tensors = (x_TD, ids_TK, weight_TK, w1.out_in, w2.out_in)
     extras, scales = flattened(w1, w2)
+    if forward_ad._current_level >= 0:
+        _no_forward_mode([*tensors, *extras])
     keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *extras))
     numbers = [*activation.params, *scales]
     out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h)
@@ -104,7 +110,9 @@ def restored(
         _, _, a1, b1, a2, b2 = extras
         loras = (Lora(a1, b1, scale1), Lora(a2, b2, scale2))
         lora1, lora2 = (lora.packed(dtype) if lora.a.numel() else None for lora in loras)
-        factors = (a1 if lora1 else a2).dtype
+        # none is rounded to another's: the sums are cast to each factor's own
+        own = [factor.dtype for factor in (a1, b1, a2, b2) if factor.numel()]
+        factors = functools.reduce(torch.promote_types, own, dtype)
     activation = Activation.of(act, params)
     return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, lora1, lora2, routing, activation, dtype, factors)
 
@@ -150,12 +158,13 @@ def _run(*inputs: Any, unread: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     num_experts = w2_EDF.shape[0]
     if settings.check_ids():
         check_ids(ids_TK, num_experts)
-    backend.check_current(x_TD.device)
     ops = backend.load(x_TD.device)
-    routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
-    layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+    with backend.current(x_TD.device):
+        routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
+        layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+        computed = forward(x_TD, layer, keep_h, unread)
     row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3 = routing.tensors
-    return *forward(x_TD, layer, keep_h, unread), row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
+    return *computed, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
 
 
 @_moe_mlp_again.fake
@@ -198,11 +207,11 @@ def _moe_mlp_backward(
     routing.
     """
     x_TD, weight_TK, w1_EGD, w2_EDF, *extras = primals
-    backend.check_current(x_TD.device)
     routing = Routing.of(kept[3:], weight_TK.shape[1])
-    layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
     every = [*needs, *[False] * (PRIMALS + len(EXTRAS) - len(needs))]
-    found = backward(dout_TD, x_TD, layer, kept[:3], every)
+    with backend.current(x_TD.device):
+        layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+        found = backward(dout_TD, x_TD, layer, kept[:3], every)
     grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
     if not extras:
         return grads
@@ -252,6 +261,15 @@ def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
     found = _moe_mlp_backward(dout_TD, primals, kept, *ctx.how, needs)
     grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return (grads[0], None, *grads[1:PRIMALS], grads[PRIMALS:], *others)
+
+
+def _no_forward_mode(tensors: Sequence[Tensor]) -> None:
+    # PyTorch would take an op without such a derivative for a constant
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "fastexperts.moe_mlp: forward-mode differentiation (torch.func.jvp, dual tensors) got a tangent; "
+            "only backward is served. Use experts_implementation='eager' for it."
+        )
 
 
 def _no_double_backward(ctx: object, *grads: Tensor) -> None:

@@ -39,8 +39,8 @@ def moe_mlp_reference(
     """out_TD[t] = sum_k weight[t, k] * (w2[e] act(w1[e] x[t] + b1[e]) + b2[e]) with e = ids[t, k]; ids
     outside [0, E) add nothing.
 
-    Arguments as `fastexperts.moe_mlp`. Every operation runs in the dtypes given: pass fp64 tensors for the
-    truth, or bf16 ones for what a plain PyTorch loop makes of bf16.
+    The arguments mean what they mean in `fastexperts.moe_mlp`. Every operation runs in the dtypes given: pass
+    fp64 tensors for the truth, or bf16 ones for what a plain PyTorch loop makes of bf16.
     """
     activation = resolve(activation, "moe_mlp_reference")
     w1, w2 = folded(as_weight(w1)), folded(as_weight(w2))

@@ -66,7 +66,7 @@ class Routing:
 
 def schedule_length(num_pairs: int, num_experts: int, block_m: int) -> int:
     """S: entry 0 and the most tiles that any routing of `num_pairs` rows over `num_experts` can need."""
-    return 1 + num_pairs // block_m + min(num_pairs, num_experts)
+    return 1 + num_pairs // block_m + torch.sym_min(num_pairs, num_experts)
 
 
 def route_torch(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:

@@ -1,4 +1,5 @@
-"""The environment variables of fastexperts, all read here and at the time of the call.
+"""The environment variables of fastexperts, and Triton's TRITON_INTERPRET, all read here and at the time of
+the call.
 
 FASTEXPERTS_BACKEND  auto (default) | triton | torch: which implementation of the ops runs.
 FASTEXPERTS_CHECK    1: validate expert ids on every call (synchronises with the device).
@@ -36,6 +37,11 @@ def check_ids() -> bool:
 def allow_tma() -> bool:
     """Whether kernels may use tensor descriptors where the hardware and the strides allow them."""
     return _flag("FASTEXPERTS_TMA", default=True)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _flag(name: str, *, default: bool) -> bool:

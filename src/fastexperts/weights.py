@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastexperts.dtypes import DTYPES
 from fastexperts.errors import refuse
 
 RANK_STEP = 16  # ranks are padded with zeros to a multiple: what a tensor core contracts at once
@@ -36,6 +37,14 @@ class Lora:
             if not isinstance(factor, Tensor) or factor.dim() != 3:
                 got = list(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
                 raise refuse("Lora", name, got=got, needs=f"a tensor {dims}", way_out="Stack it by expert.")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)):
+            raise refuse(
+                "Lora",
+                "scale",
+                got=type(self.scale).__name__,
+                needs="a number: it gets no gradient",
+                way_out="Multiply b by it where it is learned.",
+            )
         if self.a.shape[0] != self.b.shape[0] or self.a.shape[1] != self.b.shape[2]:
             raise refuse(
                 "Lora",
@@ -107,6 +116,15 @@ class Weight:
         experts, dim_out, dim_in = self.out_in.shape
         if self.bias is not None:
             self._check("bias", self.bias, (experts, dim_out), "Stack the experts' biases, [E, out].")
+        lora: object = self.lora
+        if lora is not None and not isinstance(lora, Lora):
+            raise refuse(
+                "Weight",
+                "lora",
+                got=type(lora).__name__,
+                needs="a fastexperts.Lora",
+                way_out="Give Lora(a, b, scale).",
+            )
         if self.lora is not None:
             rank, way_out = (
                 self.lora.a.shape[1],
@@ -115,23 +133,23 @@ class Weight:
             self._check("lora.a", self.lora.a, (experts, max(1, rank), dim_in), way_out)
             self._check("lora.b", self.lora.b, (experts, dim_out, rank), way_out)
 
-    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...], way_out: str) -> None:
+    def _check(self, name: str, tensor: object, shape: tuple[int, ...], way_out: str) -> None:
         """Raise unless `tensor` belongs to a weight of these dims: kernels index both alike."""
-        if tensor.shape != shape:
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
             raise refuse(
                 "Weight",
                 name,
-                got=list(tensor.shape),
+                got=list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__,
                 needs=f"{list(shape)}, as w is {list(self.out_in.shape)} as [E, out, in]",
                 way_out=way_out,
             )
-        if tensor.device != self.w.device or not tensor.is_floating_point():
+        if tensor.device != self.w.device or tensor.dtype not in DTYPES:
             raise refuse(
                 "Weight",
                 name,
                 got=f"{tensor.dtype} on {tensor.device}",
-                needs=f"a floating dtype on {self.w.device}, as w",
-                way_out=f"Move it with .to('{self.w.device}').",
+                needs=f"one of {', '.join(map(str, DTYPES))} on {self.w.device}, as w",
+                way_out="Move or cast it with .to(...).",
             )
 
     @property

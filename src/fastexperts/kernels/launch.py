@@ -130,9 +130,9 @@ _thread = threading.local()
 
 
 def enter_context(device: torch.device) -> None:
-    """Make the CUDA context current in this thread, once. Triton encodes descriptors through the driver,
-    which finds none in autograd's threads before their first launch ("invalid device context").
+    """Make the CUDA context of `device` current in this thread, once. Triton encodes descriptors through
+    the driver, which finds none in autograd's threads before their first launch ("invalid device context").
     """
-    if device.type == "cuda" and not hasattr(_thread, "entered"):
+    if device.type == "cuda" and getattr(_thread, "entered", None) != device:
         torch.empty(1, device=device).zero_()
-        _thread.entered = True
+        _thread.entered = device

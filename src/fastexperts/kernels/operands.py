@@ -15,14 +15,12 @@ from fastexperts import settings
 from fastexperts.kernels.launch import Described
 
 
-def operand(tensor: Tensor, block: list[int], parts: int = 1) -> Described | None:
+def operand(tensor: Tensor, block: list[int]) -> Described | None:
     """How tensors laid out like this one reach a kernel: as descriptors of `block`, or (None) as pointers.
 
-    Descriptors need 16-byte bases and strides, the last one 1, and blocks that start on 16 bytes: with
-    `parts` side by side in the last dimension, each part too.
+    Descriptors need 16-byte bases and strides, the last one 1.
     """
-    aligned_parts = tensor.shape[-1] // parts * tensor.element_size() % 16 == 0 or parts == 1
-    if settings.allow_tma() and has_tma(tensor.device) and describable(tensor) and aligned_parts:
+    if settings.allow_tma() and has_tma(tensor.device) and describable(tensor):
         return Described(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block))
     return None
 

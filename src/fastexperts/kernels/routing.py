@@ -14,6 +14,7 @@ from torch import Tensor
 from fastexperts.kernels.launch import Plan, planned
 from fastexperts.routing import Routing, schedule_length
 
+CHUNK = 1024  # blocks that a step of the scan takes
 BLOCK = 64  # pairs per program: ranks inside a block cost BLOCK^2 comparisons, and their registers occupancy
 
 
@@ -120,7 +121,7 @@ def _plans(ids_P: Tensor, *, num_experts: int, block_m: int) -> tuple[Plan, Plan
     """Of `_count`, `_scan` and `_place`."""
     padded = max(16, triton.next_power_of_2(num_experts))
     count = Plan(_count, (None,) * 2, (), dict(num_experts=num_experts, BLOCK=BLOCK, E2=padded))
-    scan = Plan(_scan, (None,) * 2, (), dict(num_experts=num_experts, CHUNK=1024))
+    scan = Plan(_scan, (None,) * 2, (), dict(num_experts=num_experts, CHUNK=CHUNK))
     place = Plan(
         _place, (None,) * 7, (), dict(num_experts=num_experts, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m)
     )

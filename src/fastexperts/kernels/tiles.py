@@ -134,15 +134,16 @@ def block_m(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, int]:
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    interpreted = device.type == "cpu" or settings.interpreted()
+    if interpreted and dtype == torch.bfloat16:
         raise refuse(
             "fastexperts",
-            "FASTEXPERTS_BACKEND",
-            got="'triton' for bfloat16 on the CPU",
+            "TRITON_INTERPRET",
+            got="1, for bfloat16",
             needs="float16, float32 or float64: Triton's interpreter computes bf16 wrongly",
-            way_out="Unset FASTEXPERTS_BACKEND, or use a GPU.",
+            way_out="Unset it and FASTEXPERTS_BACKEND.",
         )
-    if device.type == "cpu":
+    if interpreted:
         return "interpreter", dtype.itemsize
     if dtype.itemsize > 2:
         return "gpu", dtype.itemsize

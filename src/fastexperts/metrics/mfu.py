@@ -101,6 +101,8 @@ class PerformanceCallback(TrainerCallback):
         self._keeps_experts = False
         self._copies = 1
         self._start = self._mark = 0.0
+        self.not_logged: str | None = None
+        """Why MFU is not logged, once training has begun; None where it is."""
 
     def attach(self, trainer: Any) -> PerformanceCallback:
         """Add it to `trainer` before its other callbacks, so that trackers such as TensorBoard log it too.
@@ -115,8 +117,8 @@ class PerformanceCallback(TrainerCallback):
         """Count the model, find the peak, and watch the batches."""
         self._stop()
         if args.n_gpu > 1:
-            reason = "DataParallel runs copies of the model. Start a process for each GPU."
-            self._say_first(args, f"Performance is not logged: {reason}")
+            self.not_logged = "DataParallel runs copies of the model. Start a process for each GPU."
+            self._say_first(args, f"Performance is not logged: {self.not_logged}")
             return
         self._copies = _tensor_parallel(args, model)
         self._flops = self._count(args, model)
@@ -158,16 +160,15 @@ class PerformanceCallback(TrainerCallback):
         peak = self._given_peak or peak_flops(name)
         if peak is None:
             way_out = "Give PerformanceCallback(peak_flops=...)."
-            self._say_first(args, f"MFU is not logged: the peak of {name} is not known. {way_out}")
+            self._leave_out(args, f"the peak of {name} is not known. {way_out}")
             return None
         if self._copies > 1 or _splits_sequences(args):
-            reason = "a batch that several processes compute together is not counted."
-            self._say_first(args, f"MFU is not logged: {reason}")
+            self._leave_out(args, "a batch that several processes compute together is not counted.")
             return None
         try:
             flops = count_flops(model)
         except FastexpertsError as error:
-            self._say_first(args, f"MFU is not logged: {error}")
+            self._leave_out(args, str(error))
             return None
         self._peak = peak
         self._say_first(
@@ -208,6 +209,10 @@ class PerformanceCallback(TrainerCallback):
         if args.device.type == "cuda":
             values["perf/peak_memory"] = memory
         return values
+
+    def _leave_out(self, args: Any, reason: str) -> None:
+        self.not_logged = reason
+        self._say_first(args, f"MFU is not logged: {reason}")
 
     def _say_first(self, args: Any, line: str) -> None:
         if args.process_index == 0:

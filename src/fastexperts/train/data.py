@@ -14,8 +14,12 @@ TEXT_SUFFIXES = {".txt", ".md"}
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
+# Columns beside chat messages that TRL hands to the chat template: they change the text that is trained on.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+
+
 class Documents(NamedTuple):
-    """What the trainer gets: one column, `text` or `messages`, in each part."""
+    """What the trainer gets, in each part: the column `text`, or `messages` and what its template reads."""
 
     train: Any
     evaluation: Any | None
@@ -135,7 +139,7 @@ def _from_name(settings: DataSettings) -> Any:
 
 
 def _checked(dataset: Any, settings: DataSettings) -> tuple[Any, str]:
-    """The dataset reduced to the one column that is trained on, after a look at every row of it."""
+    """The dataset reduced to the column that is trained on, after a look at every row of it."""
     source = str(settings.files or settings.dataset)
     if len(dataset) == 0:
         raise _empty(source)
@@ -157,13 +161,19 @@ def _checked(dataset: Any, settings: DataSettings) -> tuple[Any, str]:
             needs="chat messages, which say who speaks",
             way_out="Give chat messages, or set it to false.",
         )
-    dataset = dataset.select_columns([name])
-    nulls = dataset.data.column(name).null_count
-    if nulls:
-        needs = "a value in every row"
-        raise refuse(
-            "recipe", f"data column {name}", got=f"{nulls} empty rows", needs=needs, way_out="Remove them."
-        )
+    beside = [each for each in TEMPLATE_COLUMNS if is_chat and each in dataset.column_names]
+    dataset = dataset.select_columns([name, *beside])
+    for each in (name, *beside):
+        nulls = dataset.data.column(each).null_count
+        if nulls and each != "tools":  # a chat without tools is one
+            needs = "a value in every row"
+            raise refuse(
+                "recipe",
+                f"data column {each}",
+                got=f"{nulls} empty rows",
+                needs=needs,
+                way_out="Remove them.",
+            )
     (_check_messages if is_chat else _check_text)(dataset, name)
     column = "messages" if is_chat else "text"
     return dataset.rename_column(name, column) if name != column else dataset, column

@@ -97,6 +97,14 @@ def load_model(settings: ModelSettings, tokenizer: Any, dtype: Any, seed: int) -
         except (OSError, ValueError, KeyError, ImportError) as error:
             needs = "a folder or hub name with a causal language model"
             raise _not_loadable("model.path", path, needs, error) from error
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise refuse(
+                "recipe",
+                "model.path",
+                got=f"{path!r}, an adapter",
+                needs="a whole model",
+                way_out="Merge it first: `fastexperts export ADAPTER --to merged -o MODEL`.",
+            )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise refuse(

@@ -131,6 +131,12 @@ class OptimizeSettings(Section):
     shared_experts: bool = Field(default=True, description="and other dense MLPs")
 
 
+class BalancingSettings(Section):
+    """Loss-free balancing of the experts' load (train/balancing.py), for families with a bias for it."""
+
+    rate: float = Field(default=1e-3, gt=0, le=1, description="what a router's bias moves in a step")
+
+
 class TrainingSettings(Section):
     """How it is trained. What is not here keeps TRL's default."""
 
@@ -156,6 +162,9 @@ class TrainingSettings(Section):
     router_aux_loss_coef: float | None = Field(
         default=None, ge=0, description="default: the model's own; 0: none"
     )
+    balancing: BalancingSettings | None = Field(
+        default=None, description="loss-free balancing, like {rate: 1e-3}; default: none"
+    )
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=500, ge=1)
     eval_steps: int = Field(default=500, ge=1, description="used when data.eval_fraction is not 0")
@@ -168,6 +177,9 @@ class TrainingSettings(Section):
     def _consistent(self) -> TrainingSettings:
         if self.steps is not None and self.epochs is not None:
             raise invalid("both `steps` and `epochs`", "one of them", "Remove one of them.")
+        if self.balancing is not None and self.method != "full":
+            way_out = "Remove `balancing`, or set `method: full`."
+            raise invalid("`balancing` beside an adapter, which would not save it", "`method: full`", way_out)
         if not all(math.isfinite(x) for x in (self.warmup, self.epochs or 0.0)):
             raise invalid("infinity", "finite `warmup` and `epochs`", "Write a plain number.")
         return self

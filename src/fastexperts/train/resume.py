@@ -34,10 +34,19 @@ def fix_resume(trainer: AnyTrainer) -> AnyTrainer:
 
     FSDP, DeepSpeed and PEFT checkpoints are not per-expert: they keep the trainer's own loading. In each case
     a missing or unexpected key raises FastexpertsError instead of being warned about, and an adapter is
-    compared with its file afterwards, since PEFT passes over keys that it does not know.
+    compared with its file afterwards, since PEFT passes over keys that it does not know. A checkpoint of the
+    last step is loaded and not trained on: the trainer itself asks whether it is done only after a step.
     """
     target: Any = trainer
     stock_load, stock_load_best = target._load_from_checkpoint, target._load_best_model
+    stock_epoch = target._run_epoch
+
+    @functools.wraps(stock_epoch)
+    def run_epoch(*args: Any, **kwargs: Any) -> None:
+        if target.state.global_step < target.state.max_steps:
+            stock_epoch(*args, **kwargs)
+        else:
+            target.control.should_training_stop = True
 
     @functools.wraps(stock_load)
     def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
@@ -65,6 +74,7 @@ def fix_resume(trainer: AnyTrainer) -> AnyTrainer:
             missing = set()
         _refuse_lost_keys("the checkpoint", missing, set(load_result.unexpected_keys))
 
+    target._run_epoch = run_epoch
     target._load_from_checkpoint = load_from_checkpoint
     target._load_best_model = load_best_model
     target._issue_warnings_after_load = issue_warnings_after_load
