@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-MODULE_OF = {"pyyaml": "yaml", "liger-kernel": "liger_kernel"}  # where a distribution and its module differ in name
+# Where a distribution and its module differ in name.
+MODULE_OF = {"pyyaml": "yaml", "liger-kernel": "liger_kernel"}
 
 
 def optional_modules():
