@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from families import cases, tiny_family
 from support_hf import assert_close, relative, tiny_model, tokens
 from support_liger import run_liger, step
@@ -53,6 +54,8 @@ def test_loss_and_every_gradient_are_the_model_s(device, family):
 @pytest.mark.slow  # 65 tiny models
 def test_how_many_families_each_part_serves():
     """What docs/optimize.md says of transformers 5.23; other versions have other families."""
+    if not transformers.__version__.startswith("5.23."):
+        pytest.skip(f"the numbers are those of transformers 5.23, and this is {transformers.__version__}")
     served = dict.fromkeys(PARTS_FOUND, 0)
     for case in cases():
         model = tiny_family(case)
