@@ -204,11 +204,13 @@ def test_adapters_of_experts_and_routers_hide_neither(tmp_path):
 
 def test_a_dense_model_is_said(tmp_path):
     said = []
-    trainer = trainer_of(tmp_path, tiny_model("qwen3_moe", "eager", mlp_only_layers=[0, 1]))
+    model = tiny_model("qwen3_moe", "eager", mlp_only_layers=[0, 1])
+    trainer = trainer_of(tmp_path, model, save_strategy="steps", save_steps=1)
     RoutingHealth(say=said.append).attach(trainer)
     trainer.train()
     assert said == ["Routing health is not logged: the model has no experts in transformers' interface."]
     assert not [name for entry in logged(trainer) for name in entry if name.startswith("routing/")]
+    assert not (tmp_path / FILE).exists()
 
 
 def test_values_of_layers():

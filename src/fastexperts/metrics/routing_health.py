@@ -163,7 +163,7 @@ class RoutingHealth(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the table."""
-        if self.table is not None and args.process_index == 0:
+        if self._load is not None and self.table is not None and args.process_index == 0:
             self.table.save(Path(args.output_dir) / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
