@@ -168,7 +168,11 @@ def _checked(dataset: Any, settings: DataSettings) -> tuple[Any, str]:
         if nulls and each != "tools":  # a chat without tools is one
             needs = "a value in every row"
             raise refuse(
-                "recipe", f"data column {each}", got=f"{nulls} empty rows", needs=needs, way_out="Remove them."
+                "recipe",
+                f"data column {each}",
+                got=f"{nulls} empty rows",
+                needs=needs,
+                way_out="Remove them.",
             )
     (_check_messages if is_chat else _check_text)(dataset, name)
     column = "messages" if is_chat else "text"
