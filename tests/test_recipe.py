@@ -136,8 +136,23 @@ CASES = {
     "text for a bool": (put("data.packing", "maybe"), "'maybe'", "true or false"),
     "zero batch": (put("training.batch_size", 0), "greater than or equal to 1", "sequences per device"),
     "negative learning rate": (put("training.learning_rate", -1e-4), "-0.0001", "greater than 0"),
-    "nan": (put("training.learning_rate", math.nan), "nan", "less than or equal to 1"),
-    "endless warmup": (put("training.warmup", math.inf), "infinity", "finite"),
+    "nan": (put("training.learning_rate", math.nan), "`training.learning_rate` got nan", "a finite number"),
+    "endless warmup": (put("training.warmup", math.inf), "`training.warmup` got inf", "a finite number"),
+    "endless epochs": (
+        both(drop("training.steps"), put("training.epochs", math.inf)),
+        "`training.epochs` got inf",
+        "a finite number",
+    ),
+    "endless auxiliary loss": (
+        put("training.router_aux_loss_coef", math.inf),
+        "`training.router_aux_loss_coef` got inf",
+        "a finite number",
+    ),
+    "endless alpha": (
+        both(put("training.method", "lora"), put("lora.alpha", math.inf)),
+        "`lora.alpha` got inf",
+        "a finite number",
+    ),
     "eval fraction": (put("data.eval_fraction", 0.9), "0.9", "less than or equal to 0.5"),
     "eval fraction of one document": (
         both(data_file("one.txt", "hello"), put("data.eval_fraction", 0.1)),
@@ -318,6 +333,13 @@ def test_changes_replace_settings(tmp_path):
     path = write_recipe(tmp_path, settings(tmp_path))
     recipe = load_recipe(path, **{"training.steps": 3, "output_dir": "/elsewhere"})
     assert (recipe.training.steps, recipe.output_dir) == (3, "/elsewhere")
+
+
+@pytest.mark.parametrize("section", [None, "lora", ["steps"]])
+def test_changes_of_what_is_no_section_are_refused(tmp_path, section):
+    path = write_recipe(tmp_path, settings(tmp_path) | {"training": section})
+    with pytest.raises(FastexpertsError, match=r"`training` got .*needs settings, one `name: value` a line"):
+        load_recipe(path, **{"training.steps": 10})
 
 
 @pytest.mark.parametrize("lora", [None, {}, {"r": 8, "alpha": 4.0}])
