@@ -316,7 +316,7 @@ def load_recipe(path: str | Path, **changes: Any) -> Recipe:
     if isinstance(settings, dict):
         for dotted, value in changes.items():
             *sections, name = dotted.split(".")
-            target = settings
+            target: Any = settings
             for section in sections:
                 target = target.setdefault(section, {}) if isinstance(target, dict) else None
             if isinstance(target, dict):  # the validation says what is wrong with another
