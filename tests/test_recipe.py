@@ -4,11 +4,13 @@ import math
 import sys
 
 import pytest
+import torch
 import yaml
 from recipes import settings, write_recipe
 
 from fastexperts import cli
 from fastexperts.errors import FastexpertsError
+from fastexperts.train.models import load_model, load_tokenizer
 from fastexperts.train.recipe import (
     RESUME_MAY_CHANGE,
     DataSettings,
@@ -79,6 +81,15 @@ def data_file(name, text):
     return edit
 
 
+def saved_model(content, folder):
+    """An edit that trains on a checkpoint."""
+    chosen = ModelSettings(**content["model"])
+    tokenizer = load_tokenizer(chosen)
+    load_model(chosen, tokenizer, torch.float32, 0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    content["model"] = {"path": "./model"}
+
+
 CASES = {
     "unknown section": (put("trainin", {}), "`trainin` got an unknown setting", "Did you mean `training`?"),
     "unknown key": (
@@ -117,6 +128,21 @@ CASES = {
         put("model.overrides", {"hidden_act": "siluu"}),
         "KeyError: 'siluu'",
         "settings that make a model",
+    ),
+    "more experts per token than experts": (
+        put("model.overrides", {"num_experts_per_tok": 17}),
+        "selected index k out of range",
+        "settings that make a model",
+    ),
+    "attention not installed, from scratch": (
+        put("model.attention", "flash_attention_3"),
+        "`model.attention` got 'flash_attention_3', which transformers cannot use",
+        "model.attention: sdpa",
+    ),
+    "attention not installed, of a checkpoint": (
+        both(saved_model, put("model.attention", "flash_attention_2")),
+        "`model.attention` got 'flash_attention_2', which transformers cannot use",
+        "model.attention: sdpa",
     ),
     "vocabulary smaller than the tokenizer's": (
         put("model.overrides", {"vocab_size": 258}),
@@ -180,6 +206,11 @@ CASES = {
     "unknown scheduler": (put("training.scheduler", "cosin"), "'cosin'", "Did you mean `cosine`?"),
     "unknown tracker": (put("training.report_to", ["wandbb"]), "'wandbb'", "`wandb`"),
     "tracker not installed": (put("training.report_to", "trackio"), "not installed", "pip install trackio"),
+    "optimizer not installed": (
+        put("training.optimizer", "lion_8bit"),
+        "bitsandbytes is not installed",
+        "pip install bitsandbytes",
+    ),
     "section is a text": (put("training", "fast"), "`training` got 'fast'", "name: value"),
     "missing file": (put("data.files", "gone.jsonl"), "gone.jsonl, no such file", "recipe's folder"),
     "folder as file": (put("data.files", "."), "a folder", "Name the files in it"),
@@ -222,6 +253,26 @@ CASES = {
         "in row 0",
         "`role` and `content`",
     ),
+    "message without content": (
+        data_file("m.jsonl", '{"messages": [{"role": "user", "content": null}]}\n'),
+        "in row 0",
+        "`role` and `content`",
+    ),
+    "call of a tool, for a template without": (
+        data_file(
+            "m.jsonl",
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"name": "f"}]}]}\n',
+        ),
+        "content has to be a text",
+        "model.tokenizer",
+    ),
+    "parts of content, for a template without": (
+        data_file(
+            "m.jsonl", '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n'
+        ),
+        "content has to be a text",
+        "model.tokenizer",
+    ),
     "unknown dataset": (
         both(drop("data.files"), put("data.dataset", "no/such-dataset")),
         "'no/such-dataset', split 'train'",
@@ -231,6 +282,11 @@ CASES = {
         lambda content, folder: (folder / "run").mkdir() or (folder / "run" / "notes.txt").write_text("mine"),
         "run, which is not empty",
         "--resume",
+    ),
+    "output folder that cannot be made": (
+        put("output_dir", "/proc/x"),
+        "`output_dir` got /proc/x",
+        "Choose another one",
     ),
     "output folder is a file": (
         lambda content, folder: (folder / "run").write_text("mine"),

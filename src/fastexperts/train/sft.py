@@ -139,6 +139,7 @@ def make_trainer(
 
     adapter: a `peft.LoraConfig`, if one is trained.
     """
+    from jinja2 import TemplateError
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -157,6 +158,22 @@ def make_trainer(
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
+    except OSError as error:  # it makes the folder
+        raise refuse(
+            "train",
+            "output_dir",
+            got=f"{arguments.output_dir} ({error})",
+            needs="a folder that can be written",
+            way_out="Choose another one.",
+        ) from error
+    except TemplateError as error:
+        raise refuse(
+            "train",
+            "data.messages_column",
+            got=f"messages that the tokenizer's chat template does not take ({error})",
+            needs="messages as this template writes them",
+            way_out="Change them, or name another tokenizer in `model.tokenizer`.",
+        ) from error
     trainer.remove_callback(PrinterCallback)
     PerformanceCallback(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
     if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
@@ -188,6 +205,7 @@ def sft_config(recipe: Recipe) -> Any:
         [settings.report_to] if isinstance(settings.report_to, str) else list(settings.report_to)
     )
     _check_installed(reports)
+    _check_optimizer(settings.optimizer)
     return SFTConfig(
         output_dir=recipe.output_dir,
         max_steps=settings.steps or -1,
@@ -254,6 +272,19 @@ def _check_installed(reports: list[str]) -> None:
                 needs="an installed tracker",
                 way_out=f"pip install {name}, or set it to none.",
             )
+
+
+def _check_optimizer(name: str) -> None:
+    from importlib.util import find_spec
+
+    if name.endswith("_8bit") and find_spec("bitsandbytes") is None:
+        raise refuse(
+            "recipe",
+            "training.optimizer",
+            got=f"{name!r}, and bitsandbytes is not installed",
+            needs="bitsandbytes",
+            way_out="pip install bitsandbytes, or choose another optimizer.",
+        )
 
 
 def _check_auxiliary_loss(settings: TrainingSettings, config: Any) -> None:
