@@ -68,9 +68,9 @@ def train(
 
     result = run(checked, resume=resume)
     if result.trainer.is_world_process_zero():
-        typer.echo(
-            f"Loss {result.losses[-1][1]:.4f} after {result.losses[-1][0]} steps; {result.model_folder}"
-        )
+        step, loss = result.losses[-1]
+        done = result.trainer.state.global_step
+        typer.echo(f"Loss {loss:.4f} (step {step}) after {done} steps; {result.model_folder}")
     # A process that leaves with its group's threads running aborts now and then (SIGABRT under gloo).
     result.trainer.accelerator.end_training()
 
