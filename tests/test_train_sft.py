@@ -150,7 +150,7 @@ ASKED = {
     "training.report_to": ("tensorboard", {"report_to": ["tensorboard"]}),
     "data.eval_fraction": (0.0, {"eval_strategy": "no", "eval_steps": None}),
     "data.max_length": (48, {"max_length": 48}),
-    "data.packing": (False, {"packing": False}),
+    "data.packing": (True, {"packing": True, "packing_strategy": "bfd_split"}),
     "data.assistant_only_loss": (True, {"assistant_only_loss": True}),
 }
 # Settings that have tests of their own: which model is trained, in what precision.

@@ -87,8 +87,6 @@ def _prepare(
     recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[Any]
 ) -> tuple[Any, Path | None, Console]:
     """The trainer, ready to train, and the checkpoint to start from; the run's folder is claimed last."""
-    from transformers import set_seed
-
     arguments = sft_config(recipe)
     if arguments.process_index != 0:
         console = Console(quiet=True)
@@ -113,7 +111,6 @@ def _prepare(
     if recipe.training.method == "lora":
         adapter, summary = adapter_of(recipe.lora, model)
         console.print(str(summary), highlight=False, soft_wrap=True)
-        set_seed(recipe.training.seed)  # the trainer seeds itself after it has drawn the adapter
     trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks, adapter)
     if adapter is not None and recipe.lora.experts and recipe.lora.check_gradients:
         _check_gradients(trainer, console)
