@@ -173,14 +173,6 @@ def make_trainer(
         ) from error
     trainer.remove_callback(PrinterCallback)
     PerformanceCallback(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
-    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
-        raise refuse(
-            "train",
-            "model",
-            got="a model without a trainable parameter",
-            needs="some",
-            way_out="Set `requires_grad` of what is to be trained, or `training.method: lora`.",
-        )
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",
@@ -188,6 +180,14 @@ def make_trainer(
             got="no sequence to learn from once tokenized",
             needs="some",
             way_out="Give more text, or a larger `data.max_length`.",
+        )
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise refuse(
+            "train",
+            "model",
+            got="a model without a trainable parameter",
+            needs="some",
+            way_out="Set `requires_grad` of what is to be trained, or `training.method: lora`.",
         )
     return fix_resume(trainer)
 
