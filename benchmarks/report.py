@@ -3,7 +3,7 @@
     python benchmarks/report.py
 
 Every number it writes comes out of those files. RESULT.md and RESULT.png go beside each RESULT.json of
-layer.py.
+layer.py, RESULT.md beside those of model.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_report import lora_section, model_section
+from model_report import curves_section, step_page, step_section, trainer_section
 from plots import plot_layer, plot_shapes
 from results import (
     DEFAULT,
@@ -31,7 +32,8 @@ from tables import environment_line, table
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-KINDS = {"rows", "compile", "families", "lora", "lora_model"}  # a record has one of these keys
+# A record has one of these keys.
+KINDS = {"rows", "compile", "families", "lora", "lora_model", "model", "trainer", "curves"}
 
 DEFINITIONS = """\
 - **FLOPs**: 6 T K D F forward, 18 T K D F forward + backward: T tokens, K experts of each, D model dim, F
@@ -309,7 +311,8 @@ def page(records: dict[str, Record]) -> str:
         if "lora_model" in record:
             many = f"{record['lora_model']['layers']} layers"
             text += f"\n## A training step of LoRA, {many}\n\n{model_section(record)}"
-    commands = "\n".join(record["environment"]["command"] for record in records.values())
+    text += step_sections(records)
+    commands = "\n".join(dict.fromkeys(record["environment"]["command"] for record in records.values()))
     return (
         text
         + f"""
@@ -334,10 +337,29 @@ Then, anywhere, `python benchmarks/report.py`. Tiles are chosen with `python ben
     )
 
 
+def step_sections(records: dict[str, Record]) -> str:
+    """Of model.py."""
+    text = ""
+    for name, record in records.items():
+        if "model" in record:
+            text += f"\n## A training step: {record['model']['cut']}\n\n{step_section(name, record)}"
+    for record in records.values():
+        if "trainer" in record:
+            cut = record["trainer"]["cut"]
+            text += f"\n## A training step in TRL's SFTTrainer: {cut}\n\n{trainer_section(record)}"
+    for record in records.values():
+        if "curves" in record:
+            text += f"\n## Loss curves in bf16\n\n{curves_section(record)}"
+    return text
+
+
 def documents(records: dict[str, Record]) -> dict[Path, str]:
     """Path -> text of all that the report writes, but for the plots."""
     texts = {
         RESULTS / f"{name}.md": layer_page(record) for name, record in records.items() if "rows" in record
+    }
+    texts |= {
+        RESULTS / f"{name}.md": step_page(record) for name, record in records.items() if "model" in record
     }
     return texts | {PAGE: page(records)}
 

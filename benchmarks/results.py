@@ -73,6 +73,110 @@ class LoraRow(Row):
 
 
 @dataclass(frozen=True)
+class Case:
+    """How a model trains. mode: full or lora; weights: bf16, or fp32 under bf16 autocast; backend: one of
+    step.BACKENDS; checkpoint: full, off, or what `fastexperts.optimize` takes; optimizer: AdamW in the step.
+    """
+
+    mode: str = "full"
+    weights: str = "bf16"
+    backend: str = DEFAULT
+    checkpoint: str = "full"
+    optimizer: bool = False
+
+    @property
+    def setting(self) -> tuple[str, str, bool]:
+        """What a case and the default that it is compared with have in common."""
+        return self.mode, self.weights, self.optimizer
+
+
+@dataclass(frozen=True)
+class StepRow(Case):
+    """A whole training step. Times in ms, memory in GiB; kept: after forward, beside the weights.
+
+    MFU by both conventions of metrics/flops.py, 0 to 1. parts: part -> phase -> ms of a profiled step
+    (breakdown.py); imbalance: the busiest expert's load over the mean, of the worst layer; state: of the card
+    while it ran. A `skipped` row says why.
+    """
+
+    cut: str = ""
+    step_ms: float | None = None
+    fastest_ms: float | None = None
+    slowest_ms: float | None = None
+    tokens_per_s: float | None = None
+    mfu_causal: float | None = None
+    mfu_full: float | None = None
+    peak_gib: float | None = None
+    kept_gib: float | None = None
+    loss: float | None = None
+    imbalance: float | None = None
+    note: str = ""
+    state: str | None = None
+    parts: dict[str, dict[str, float]] | None = None
+    skipped: str | None = None
+
+    @property
+    def parts_ms(self) -> float:
+        return sum(ms for phases in (self.parts or {}).values() for ms in phases.values())
+
+    @property
+    def experts_ms(self) -> float:
+        """What the experts take of forward and backward, recomputation left out."""
+        phases = (self.parts or {}).get("experts", {})
+        return phases.get("forward", 0.0) + phases.get("backward", 0.0)
+
+    def of_dense(self, dense: dict[str, float], layers: int) -> float | None:
+        """The dense products' time over that of the experts of `layers`.
+
+        dense: product -> ms in one layer. Frozen experts have no dw.
+        """
+        products = [ms for name, ms in dense.items() if self.mode == "full" or not name.startswith("dw")]
+        return layers * sum(products) / self.experts_ms if self.experts_ms else None
+
+    def experts_tflops(self, forward_flops: int) -> float | None:
+        """By the FLOPs of the experts' products: twice the forward's in a backward, as much if frozen."""
+        flops = forward_flops * (3 if self.mode == "full" else 2)
+        return flops / self.experts_ms / 1e9 if self.experts_ms else None
+
+
+def default_of(row: StepRow, rows: Iterable[StepRow]) -> StepRow | None:
+    """What `row` is compared with: the default that recomputes as much, else the one that recomputes all."""
+    found = [r for r in rows if r.backend == DEFAULT and r.setting == row.setting and not r.skipped]
+    found.sort(key=lambda default: (default.checkpoint != row.checkpoint, default.checkpoint != "full"))
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class TrainerRow:
+    """In TRL's SFTTrainer: medians of what PerformanceCallback logs, and MFU by a clock of the benchmark."""
+
+    mode: str
+    backend: str
+    step_ms: float | None = None
+    tokens_per_s: float | None = None
+    mfu_logged: float | None = None
+    mfu_clocked: float | None = None
+    peak_gib: float | None = None
+    loss: float | None = None
+    note: str = ""
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class CurveRow:
+    """Loss curves of several seeds. deviation: the median of |loss - fp32's|; loss, exact_loss: means of the
+    last tenth, its own and fp32's.
+    """
+
+    weights: str
+    backend: str
+    seeds: int
+    deviation: float
+    loss: float
+    exact_loss: float
+
+
+@dataclass(frozen=True)
 class FamilyRow:
     """Of one family: TF/s of its matrix products and of the plain layer's."""
 
@@ -144,8 +248,8 @@ class Breakdown:
         return others / self.kernels_ms if self.kernels else None
 
 
-def environment() -> dict[str, str]:
-    """Card, versions and command of this run."""
+def environment(card: str | None = None) -> dict[str, str]:
+    """Card (or `card`, what is in its place), versions and command of this run."""
     import peers
     import torch
     import transformers
@@ -154,7 +258,7 @@ def environment() -> dict[str, str]:
     import fastexperts
 
     return {
-        "card": torch.cuda.get_device_name(),
+        "card": card or torch.cuda.get_device_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,

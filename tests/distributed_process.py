@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -175,7 +176,28 @@ def adapters_over_sharded_experts(checkpoint, sizes):
     return measured(model, batch_of_rank(ids, sizes))
 
 
-JOBS = (gradients, starved, trained_and_saved, with_accelerate, adapters_over_sharded_experts)
+def routing(checkpoint, sizes):
+    """The load and the routers' values of all ranks, and the biases after a step of balancing."""
+    from fastexperts.metrics.routing_health import RoutingHealth
+    from fastexperts.train.balancing import LossFreeBalancing, find_biases
+
+    model, ids = load(checkpoint, sizes), torch.load(Path(checkpoint) / "ids.pt")
+    said = []
+    health, balancing = RoutingHealth(say=said.append), LossFreeBalancing(0.01, say=lambda line: None)
+    ranks = dist.get_world_size()
+    args = SimpleNamespace(n_gpu=0, process_index=0, world_size=ranks, device=ids.device, output_dir="")
+    state = SimpleNamespace(global_step=0, log_history=[{}])
+    for callback in (health, balancing):
+        callback.on_train_begin(args, state, None, model=model)
+    mine = batch_of_rank(ids, sizes)
+    next_token_loss(model(mine).logits, mine).backward()
+    balancing.on_optimizer_step(args, state, None)
+    health.on_log(args, state, None, logs={"loss": 0.0})
+    biases = {name: bias.value.clone() for name, bias in find_biases(model).items()}
+    return {"load": health.table.load_LE, "logs": health.table.logs, "biases": biases, "said": said}
+
+
+JOBS = (gradients, starved, trained_and_saved, with_accelerate, adapters_over_sharded_experts, routing)
 
 if __name__ == "__main__":
     folder, jobs = sys.argv[1:]

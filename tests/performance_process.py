@@ -24,4 +24,5 @@ if __name__ == "__main__":
     tokens = sum(entry["perf/tokens_per_s"] * seconds for entry in entries)
     flops = sum(entry["perf/mfu"] * 2 * PEAK * seconds for entry in entries)
     right = tokens == sum(LENGTHS), flops == pytest.approx(total)
-    print(f"rank {trainer.args.process_index}:", *right, flush=True)
+    # One write for the line and its end, or lines of two ranks mix.
+    print(f"rank {trainer.args.process_index}: {right[0]} {right[1]}\n", end="", flush=True)

@@ -183,6 +183,32 @@ def test_what_would_be_wrong_is_refused(checkpoints, tmp_path):
         assert "out of tp_plan" in rank["refusal"]
 
 
+@pytest.mark.slow
+def test_routing_is_watched_and_balanced_as_in_one_process(checkpoints, tmp_path):
+    """Whatever experts a rank holds; ranks that share a batch count it each, which changes no ratio."""
+    path = checkpoints["deepseek_v3"]
+    modes = (TP2, ALL_REDUCE, ALL_TO_ALL, Mode(2, {"fsdp_size": 2}))
+    results = run(2, tmp_path, *(("routing", {"checkpoint": path, "sizes": mode.sizes}) for mode in modes))
+    model, ids = reference_model(path), torch.load(Path(path) / "ids.pt")
+    router, taken = model.model.layers[1].mlp.gate, []
+    router.register_forward_hook(lambda *call: taken.append(call[2]))
+    model(ids)
+    logits, index = taken[0][0].detach(), taken[0][2]
+    load = torch.bincount(index.flatten(), minlength=EXPERTS)
+    p = logits.double().sigmoid() / logits.double().sigmoid().sum(-1, keepdim=True)
+    moved = router.e_score_correction_bias + 0.01 * torch.sign(load.double().mean() - load).float()
+    for mode, ranks in zip(modes, results, strict=True):
+        for rank in ranks:
+            assert rank["said"] == []
+            assert rank["load"].tolist() == [(load * mode.sizes.get("tp_size", 1)).tolist()]
+            (entry,) = rank["logs"]
+            assert entry["entropy"] == [pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-5)]
+            assert entry["logit_norm"] == [pytest.approx(float(logits.square().mean().sqrt()), rel=1e-5)]
+            assert entry["max_violation"] == [pytest.approx(float(load.max() / load.double().mean() - 1))]
+            (bias,) = rank["biases"].values()
+            torch.testing.assert_close(bias, moved, rtol=0, atol=1e-7)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """family -> folder of a tiny model and of ids, whose rows are the ranks' batches."""

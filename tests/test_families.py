@@ -33,6 +33,9 @@ NO_GRADIENT = {"DiffusionGemmaTextExperts": 1}
 ONCE = {"DiffusionGemmaTextExperts": 2}
 """Modules that checkpointing does not run twice: those of an encoder whose cache is read."""
 
+SHARES_WEIGHTS = {"DiffusionGemmaTextExperts"}
+"""Encoder and decoder have the same weights, and an adapter each: no sum is both."""
+
 every_case = pytest.mark.parametrize("case", cases(), ids=str)
 every_case_slow_but_a_few = pytest.mark.parametrize(
     "case",
@@ -167,6 +170,25 @@ def test_lora_config_finds_the_experts_and_the_attention(case):
         above = name.split(".")
         owners = {type(modules[".".join(above[:depth])]).__name__ for depth in range(1, len(above))}
         assert any(re.search("Atten|Attn|Delta|KDA", owner) for owner in owners), name
+
+
+@every_case_slow_but_a_few
+def test_a_lora_config_fits_the_forward(case):
+    """Beside each adapted weight, and as the sum that an export writes."""
+    peft = pytest.importorskip("peft")
+    model = tiny_family(case)
+    with torch.no_grad():
+        plain = outputs(model)
+        model = peft.get_peft_model(model, fastexperts.lora_config(model, r=2, verbose=False))
+        assert relative(outputs(model), plain) <= 1e-6, "nothing is added at first"
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        beside = outputs(model)
+        if case.experts in SHARES_WEIGHTS:
+            return
+        model.merge_adapter()
+        assert relative(outputs(model), beside) <= 1e-4 < relative(plain, beside)
 
 
 @every_case_slow_but_a_few

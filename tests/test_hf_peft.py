@@ -1,5 +1,7 @@
 """PEFT's adapters on fused experts: the same numbers as PEFT over eager experts, and no folded weight."""
 
+from types import MethodType
+
 import pytest
 import torch
 from spies import spy_backend, use_interpreter
@@ -8,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fastexperts
-from fastexperts.hf.peft import update_of
+from fastexperts.errors import FastexpertsError
+from fastexperts.hf.peft import take_update
 
 peft = pytest.importorskip("peft")
 
@@ -206,14 +209,27 @@ def test_nothing_stays_behind_on_the_module():
     experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
     for _ in range(3):
         model(tokens())
-        assert update_of(experts, "gate_up_proj") is None
-        assert update_of(experts, "down_proj") is None
+        assert take_update(experts, "gate_up_proj") is None
+        assert take_update(experts, "down_proj") is None
         assert not hasattr(experts, "parametrizations")
     handle = experts.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(tokens())
     handle.remove()
-    assert update_of(experts, "gate_up_proj") is None
+    assert take_update(experts, "gate_up_proj") is None
+
+
+def test_a_forward_that_reads_no_adapter_is_refused():
+    """As Liger's experts are put in as training begins, long after the config said fastexperts."""
+    model = adapted()
+    _, wanted = run(model, "eager")
+    experts = model.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    experts.forward = MethodType(type(experts).forward.__wrapped__, experts)
+    with pytest.raises(FastexpertsError, match=r"without reading .* gate_up_proj.*use_liger"):
+        run(model, "fastexperts")
+    assert take_update(experts, "gate_up_proj") is None
+    _, folded = run(model, "eager")  # the way out
+    assert_close(folded, wanted)
 
 
 def test_modules_to_save_train_beside_it():

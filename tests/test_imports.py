@@ -19,7 +19,7 @@ LAYERS = (
     {"moe"},
     {"ops"},
     {"hf", "metrics"},
-    {"train"},
+    {"train", "run"},
     {"cli"},
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -212,6 +212,16 @@ def test_biases_of_another_dtype_than_the_products(kept, bias_dtype):
         assert (got.double() - truth[name]).norm() < 0.02 * truth[name].norm(), name
 
 
+def test_forward_mode_is_refused(backend):
+    inputs, (x, *others) = leaves(asked=())
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda a: call(inputs, [a, *others]), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            call(inputs, [torch.autograd.forward_ad.make_dual(x, x), *others])
+        assert call(inputs, [x, *others]).isfinite().all()
+
+
 def test_fp64_is_left_alone_by_autocast():
     """As by PyTorch's own."""
     inputs, tensors = leaves(Case(tokens=33, dims=(48, 80), dtype=torch.float64))

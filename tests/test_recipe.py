@@ -160,6 +160,18 @@ CASES = {
     "quoted number": (put("training.steps", "10"), "`training.steps` got '10'", "without quotes"),
     "fraction of a step": (put("training.steps", 1.5), "1.5", "a whole number"),
     "text for a bool": (put("data.packing", "maybe"), "'maybe'", "true or false"),
+    "unknown checkpointing": (put("training.checkpoint", "selective"), "'selective'", "'keep-experts'"),
+    "true as checkpointing": (put("training.checkpoint", True), "`training.checkpoint` got True", "'full'"),
+    "checkpointing by its name elsewhere": (
+        put("training.gradient_checkpointing", True),
+        "`training.gradient_checkpointing` got an unknown setting",
+        "`checkpoint`",
+    ),
+    "unknown part of the step": (
+        put("training.optimize", {"norm": False}),
+        "`training.optimize.norm`",
+        "Did you mean `norms`?",
+    ),
     "zero batch": (put("training.batch_size", 0), "greater than or equal to 1", "sequences per device"),
     "negative learning rate": (put("training.learning_rate", -1e-4), "-0.0001", "greater than 0"),
     "nan": (put("training.learning_rate", math.nan), "`training.learning_rate` got nan", "a finite number"),
@@ -364,6 +376,16 @@ def test_numbers_as_people_write_them(tmp_path, text, value):
     path = write_recipe(tmp_path, settings(tmp_path))
     path.write_text(path.read_text().replace("learning_rate: 0.003", f"learning_rate: {text}"))
     assert load_recipe(path).training.learning_rate == value
+
+
+def test_checkpointing_off_is_not_false(tmp_path):
+    content = settings(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content).replace("training:\n", "training:\n  checkpoint: off\n"))
+    recipe = load_recipe(path)
+    assert recipe.training.checkpoint == "off"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
 
 
 def test_what_is_no_number_stays_text(tmp_path):

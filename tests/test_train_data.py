@@ -26,7 +26,7 @@ CHAT = [
 
 
 def trainer_for(folder, config="tiny-qwen3-moe", attention="sdpa", tokenizer=None, **data):
-    content = settings(folder, config, gradient_checkpointing=False)
+    content = settings(folder, config, checkpoint="off")
     content["model"] |= {"attention": attention, "tokenizer": tokenizer and str(tokenizer)}
     content["data"] |= data
     recipe = parse_recipe(content)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastexperts.errors import FastexpertsError
+from fastexperts.hf import recompute
 from fastexperts.train.adapter import check_saved
 from fastexperts.train.gradients import ExpertGradients
 from fastexperts.train.recipe import load_recipe, parse_recipe
@@ -69,6 +70,18 @@ def test_a_run_trains_saves_and_loads_in_plain_peft(tmp_path, config):
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     assert (bare - theirs).norm() > 1e-2 * theirs.norm(), "the adapter does something"
     assert len(AutoTokenizer.from_pretrained(result.folder / "base")) == 260
+
+
+def test_the_memory_estimate_counts_no_gradient_of_the_base(tmp_path, monkeypatch):
+    told, estimate = [], recompute.estimate
+    monkeypatch.setattr(
+        recompute, "estimate", lambda *args, **kw: told.append(estimate(*args, **kw)) or told[-1]
+    )
+    result, printed = run(tmp_path, steps=1)
+    base = sum(p.numel() * 4 for n, p in result.trainer.model.named_parameters() if "lora" not in n)
+    assert base <= told[0].fixed < 2 * base
+    assert str(told[0]) in printed
+    assert "TRL's own fused LM head" in printed
 
 
 def test_the_base_beside_the_adapter_is_the_model_that_was_trained_on(tmp_path):

@@ -5,8 +5,8 @@
     fastexperts.register()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="fastexperts")
 
-Importing needs PyTorch alone: transformers is imported by `register` and `enable`, PEFT by `lora_config`,
-Triton by the first GPU call.
+Importing needs PyTorch alone: transformers is imported by `register`, `enable` and `optimize`, PEFT by
+`lora_config`, Triton and Liger by the first GPU call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastexperts.weights import Lora, Weight
 if TYPE_CHECKING:
     from fastexperts.hf.experts import enable, register
     from fastexperts.hf.lora import lora_config
+    from fastexperts.hf.optimize import optimize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,12 +39,14 @@ __all__ = [
     "lora_config",
     "moe_mlp",
     "moe_mlp_reference",
+    "optimize",
     "register",
 ]
 
 _LAZY = {
     "enable": "fastexperts.hf.experts",
     "lora_config": "fastexperts.hf.lora",
+    "optimize": "fastexperts.hf.optimize",
     "register": "fastexperts.hf.experts",
 }
 

@@ -68,9 +68,16 @@ def train(
 
     result = run(checked, resume=resume)
     if result.trainer.is_world_process_zero():
+        from fastexperts.train.page import write_report
+        from fastexperts.train.report import describe_run
+
+        written = write_report(result.folder, describe_run(checked, result), "Training run")
         step, loss = result.losses[-1]
         done = result.trainer.state.global_step
-        typer.echo(f"Loss {loss:.4f} (step {step}) after {done} steps; {result.model_folder}")
+        typer.echo(
+            f"Loss {loss:.4f} (step {step}) after {done} steps; {result.model_folder}\n"
+            f"In {result.folder}: {written}"
+        )
     # A process that leaves with its group's threads running aborts now and then (SIGABRT under gloo).
     result.trainer.accelerator.end_training()
 
@@ -117,6 +124,16 @@ def import_(
     from fastexperts.hf.export import import_from
 
     _report(import_from(source, layout, output, base=base))
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    command: Annotated[list[str], typer.Argument(help="As in a shell: trl sft --model_name_or_path ...")],
+) -> None:
+    """Run another trainer's COMMAND with fastexperts switched on for the models it loads: docs/run.md."""
+    from fastexperts.run.launcher import run as launch
+
+    raise typer.Exit(launch(command))
 
 
 def _report(exported: Any) -> None:

@@ -12,6 +12,7 @@ primal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,9 +46,12 @@ class Layer:
     factors: torch.dtype
 
 
-def forward(x_TD: Tensor, layer: Layer, keep_h: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    x_TD: Tensor, layer: Layer, keep_h: bool, unread: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out_TD, h_PG, xa_PR, ya_PR). Products run in `dtype`; the casts live as long as the call.
 
+    unread: the backward alone comes after, so `out` is NaN, without w2 and combine.
     An update w + b a is one more step of the product with w: x w^T + (x a^T) b^T, with xa = x a^T kept.
     """
     ops, routing, dtype = backend.load(x_TD.device), layer.routing, layer.dtype
@@ -59,9 +63,11 @@ def forward(x_TD: Tensor, layer: Layer, keep_h: bool) -> tuple[Tensor, Tensor, T
     h_PG, a_PF = ops.up(x, w1, bias1, routing, layer.activation, keep_h, step1)
     if layer.lora2:
         step2 = Step(ops.shrink(a_PF, layer.lora2.a, routing, tokens=False), layer.lora2.b)
+    xa_PR, ya_PR = (step.rows_PR if step else x.new_empty(0) for step in (step1, step2))
+    if unread:
+        return torch.full_like(x_TD, math.nan), h_PG, xa_PR, ya_PR
     y_PD = ops.down(a_PF, layer.w2_EDF.to(dtype), layer.bias2_ED, routing, step2)
     out_TD = ops.combine(y_PD, layer.weight_TK, routing, x_TD.dtype)
-    xa_PR, ya_PR = (step.rows_PR if step else x.new_empty(0) for step in (step1, step2))
     return out_TD, h_PG, xa_PR, ya_PR
 
 

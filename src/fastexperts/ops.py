@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastexperts import backend, settings
 from fastexperts.activations import SWIGLU, Activation, resolve
@@ -59,10 +60,11 @@ def moe_mlp(
     Returns:
         out_TD [T, D] in the dtype of `x_TD`.
 
-    Differentiable once in x_TD, weight_TK, w1, w2, their biases and the factors of their updates; a second
-    derivative raises RuntimeError. Keeps x_TD, h [P, G] in `dtype`, the weights, the routing and of an update
-    its rows [P, r] for backward. Sums are fp32 (fp64 for fp64) in a fixed order: the same inputs give bitwise
-    the same results. Raises FastexpertsError for arguments that do not fit. Formulas: docs/how-it-works.md.
+    Differentiable once, backwards, in x_TD, weight_TK, w1, w2, their biases and the factors of their updates;
+    a second derivative, or forward mode, raises RuntimeError. Keeps x_TD, h [P, G] in `dtype`, the weights,
+    the routing and of an update its rows [P, r] for backward. Sums are fp32 (fp64 for fp64) in a fixed order:
+    the same inputs give bitwise the same results. Raises FastexpertsError for arguments that do not fit.
+    Formulas: docs/how-it-works.md.
     """
     activation = resolve(activation, "moe_mlp")
     w1, w2 = as_weight(w1), as_weight(w2)
@@ -74,6 +76,8 @@ def moe_mlp(
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
     tensors = (x_TD, ids_TK, weight_TK, w1.out_in, w2.out_in)
     extras, scales = flattened(w1, w2)
+    if forward_ad._current_level >= 0:
+        _no_forward_mode([*tensors, *extras])
     keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *extras))
     numbers = [*activation.params, *scales]
     out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h)
@@ -127,6 +131,30 @@ def _moe_mlp(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
+    return _run(x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h, unread=False)
+
+
+@op("moe_mlp_again")
+def _moe_mlp_again(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weight_TK: Tensor,
+    w1_EGD: Tensor,
+    w2_EDF: Tensor,
+    extras: list[Tensor],
+    act: str,
+    numbers: list[float],
+    dtype: torch.dtype,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `moe_mlp` gives, but for `out_TD`, which is NaN: where gradient checkpointing computes a layer
+    again whose backward does not read it (hf/unread.py).
+    """
+    return _run(x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h, unread=True)
+
+
+def _run(*inputs: Any, unread: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h = inputs
     num_experts = w2_EDF.shape[0]
     if settings.check_ids():
         check_ids(ids_TK, num_experts)
@@ -134,11 +162,12 @@ def _moe_mlp(
     with backend.current(x_TD.device):
         routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
         layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
-        computed = forward(x_TD, layer, keep_h)
+        computed = forward(x_TD, layer, keep_h, unread)
     row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3 = routing.tensors
     return *computed, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
 
 
+@_moe_mlp_again.fake
 @_moe_mlp.fake
 def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
     _, w1_EGD, _, extras, _, _, dtype, keep_h = others
@@ -232,6 +261,15 @@ def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
     found = _moe_mlp_backward(dout_TD, primals, kept, *ctx.how, needs)
     grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return (grads[0], None, *grads[1:PRIMALS], grads[PRIMALS:], *others)
+
+
+def _no_forward_mode(tensors: Sequence[Tensor]) -> None:
+    # PyTorch would take an op without such a derivative for a constant
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "fastexperts.moe_mlp: forward-mode differentiation (torch.func.jvp, dual tensors) got a tangent; "
+            "only backward is served. Use experts_implementation='eager' for it."
+        )
 
 
 def _no_double_backward(ctx: object, *grads: Tensor) -> None:

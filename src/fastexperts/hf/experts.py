@@ -66,8 +66,21 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
     cannot be served stays as well, and its row says so. Modules outside its interface that have an adapter
     (`hf.outside`) get another forward, which `hf.outside.restore` takes away.
     """
+    summary = survey(model)
+    _check_switchable(model, summary, allow_unsupported)
+    switch(model, summary)
+    if verbose:
+        print(summary)
+    return summary
+
+
+def survey(model: nn.Module) -> Summary:
+    """What `enable` can switch of `model`, what not, and why; nothing is switched.
+
+    Raises FastexpertsError as `register` does, and for what is no transformers model.
+    """
     register()
-    roots = _pretrained_models(model)
+    pretrained_models(model, "enable")
     modules = interface_modules(model)
     rows = {name: _row(model, name, module) for name, module in modules.items()}
     unswitchable = {id(modules[name].config): row for name, row in rows.items() if not row.served}
@@ -76,24 +89,25 @@ def enable(model: nn.Module, *, allow_unsupported: bool = False, verbose: bool =
         if row.served and culprit is not None:
             reason = f"shares its config with {culprit.name}, which is not served"
             rows[name] = row_of(name, modules[name], served=False, activation=row.activation, reason=reason)
-    summary = Summary((*rows.values(), *outside.rows(model)))
-    _check_switchable(model, summary, allow_unsupported)
+    return Summary((*rows.values(), *outside.rows(model)))
 
+
+def switch(model: nn.Module, summary: Summary) -> None:
+    """Switch what `summary`, which `survey` made of `model`, says is served; the rest stays as it is."""
+    modules = interface_modules(model)
     before = {
         id(module.config): (module.config, module.config._experts_implementation)
         for module in modules.values()
     }
-    for root in roots:
+    served = {id(modules[row.name].config) for row in summary.served if row.name in modules}
+    for root in pretrained_models(model, "enable"):
         root.set_experts_implementation(NAME)
     for key, (config, previous) in before.items():
         # Transformers sets the configs of models it knows by their source; what a module reads decides.
-        wanted = previous if key in unswitchable else NAME
+        wanted = NAME if key in served else previous
         if config._experts_implementation != wanted:
             config._experts_implementation = wanted
     outside.switch(model, summary)
-    if verbose:
-        print(summary)
-    return summary
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -133,7 +147,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def _weight(module: Any, name: str) -> Weight:
     """The projection `name` of an experts module, with its bias and what adapters add to it."""
     bias = getattr(module, name + "_bias") if module.has_bias else None
-    return Weight(getattr(module, name), module.is_transposed, bias, peft.update_of(module, name))
+    return Weight(getattr(module, name), module.is_transposed, bias, peft.take_update(module, name))
 
 
 def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -271,8 +285,8 @@ def _check_switchable(model: nn.Module, summary: Summary, allow_unsupported: boo
         )
 
 
-def _pretrained_models(model: object) -> list[Any]:
-    """The topmost transformers models in `model`."""
+def pretrained_models(model: object, where: str) -> list[Any]:
+    """The topmost transformers models in `model`; raises FastexpertsError for `where` if there is none."""
     from transformers import PreTrainedModel
 
     found: dict[str, Any] = {}
@@ -282,7 +296,7 @@ def _pretrained_models(model: object) -> list[Any]:
             found[name] = module
     if not found:
         raise refuse(
-            "enable",
+            where,
             "model",
             got=type(model).__name__,
             needs="a transformers PreTrainedModel, or a wrapper of one",

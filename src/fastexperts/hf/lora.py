@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastexperts.dtypes import DTYPES
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.inventory import interface_modules, outside_modules, stored
 
@@ -249,9 +250,13 @@ def _kind_of(path: list[str], module: Any, in_attention: bool) -> str | None:
 
 
 def _linear(name: str, module: nn.Linear, kind: str) -> LoraRow:
+    plain = module.weight.shape == (module.out_features, module.in_features) and module.weight.dtype in DTYPES
     by_module = name.rpartition(".")[2] not in _REWRITTEN
-    if not by_module and module.weight.shape != (module.out_features, module.in_features):
+    if not by_module and not plain:
         raise _not_plain(f"{name}.weight")
+    if plain and type(module).forward is not nn.Linear.forward:
+        # deepseek_v4's o_a_proj maps groups of its input: beside such a forward PEFT's product does not fit.
+        by_module = False
     return LoraRow(f"{name}.weight", kind, None, module.in_features + module.out_features, by_module)
 
 

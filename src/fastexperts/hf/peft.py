@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastexperts.dtypes import DTYPES
-from fastexperts.errors import refuse
+from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.inventory import in_interface
 from fastexperts.hf.plain import check_plain
 from fastexperts.weights import Lora
@@ -40,9 +40,12 @@ def install(name: str) -> None:
         ParamWrapper._activate_lora = _handing_over(ParamWrapper._activate_lora, name)
 
 
-def update_of(module: Any, parameter: str) -> Lora | None:
-    """What active adapters add to a parameter of `module` in this call, as [E, r, in] and [E, out, r]."""
-    updates = module.__dict__.get(_ATTRIBUTE, {}).get(parameter)
+def take_update(module: Any, parameter: str) -> Lora | None:
+    """What active adapters add to a parameter of `module` in this call, as [E, r, in] and [E, out, r].
+
+    It can be taken once: what is still there when the call ends was not read, and the wrapper raises.
+    """
+    updates = module.__dict__.get(_ATTRIBUTE, {}).pop(parameter, None)
     return Lora.of(updates) if updates else None
 
 
@@ -57,14 +60,27 @@ def _handing_over(fold: Callable[..., Any], name: str) -> Callable[..., Any]:
                 yield
             return
         handed = module.__dict__.setdefault(_ATTRIBUTE, {})
-        handed[parameter] = [_lora(wrapper, adapter, module.is_transposed) for adapter in adapters]
+        handed[parameter] = [_lora(wrapper, adapter) for adapter in adapters]
         try:
             yield
+            if parameter in handed:
+                raise _not_read(module, parameter)
         finally:
-            del handed[parameter]
+            handed.pop(parameter, None)
 
     setattr(activate, _OURS, True)
     return activate
+
+
+def _not_read(module: Any, parameter: str) -> FastexpertsError:
+    return refuse(
+        type(module).__name__,
+        "forward",
+        got=f"one that ended without reading the adapter of {parameter}",
+        needs="fastexperts' forward, which the config names: what ran instead leaves the adapter out",
+        way_out="Train with use_liger_kernel=False and use_kernels=False and without a patch of the experts, "
+        "or call model.set_experts_implementation('eager'), under which PEFT folds the adapter in.",
+    )
 
 
 def _serves(module: Any, parameter: str, name: str) -> bool:
@@ -76,19 +92,14 @@ def _serves(module: Any, parameter: str, name: str) -> bool:
     return parameter in names and weight is not None and weight.dim() == 3 and weight.dtype in DTYPES
 
 
-def _lora(wrapper: Any, adapter: str, transposed: bool) -> Lora:
-    """The factors of an adapter. PEFT stores A by expert, [E * r, .], and B by rank, [., r * E]; which of the
-    two faces the outputs depends on what it took for them when it was made.
-    """
+def _lora(wrapper: Any, adapter: str) -> Lora:
+    """The factors of an adapter, which PEFT stores by expert, A [E * r, in], and by rank, B [out, r * E]."""
     experts = wrapper.num_experts
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     _check_whole(wrapper.get_base_layer(), experts, {"lora_A": a, "lora_B": b})
+    # A faces the inputs in both layouts of the weight: PEFT reads `is_transposed`, since the oldest we serve.
     a_ERI: Tensor = a.unflatten(0, (experts, -1))
     b_EOR: Tensor = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    in_last = bool(wrapper._did_swap_in_out_features)  # PEFT's delta is [E, O, I], else [E, I, O]
-    if in_last == transposed:
-        # the stored weight's outputs face A: the update is A^T B^T
-        a_ERI, b_EOR = b_EOR.transpose(1, 2), a_ERI.transpose(1, 2)
     return Lora(a_ERI, b_EOR, wrapper.scaling[adapter])
 
 

@@ -98,8 +98,11 @@ class PerformanceCallback(TrainerCallback):
         self._meter: TokenMeter | None = None
         self._flops: ModelFlops | None = None
         self._peak = self._recomputed = 0.0
+        self._keeps_experts = False
         self._copies = 1
         self._start = self._mark = 0.0
+        self.not_logged: str | None = None
+        """Why MFU is not logged, once training has begun; None where it is."""
 
     def attach(self, trainer: Any) -> PerformanceCallback:
         """Add it to `trainer` before its other callbacks, so that trackers such as TensorBoard log it too.
@@ -114,14 +117,14 @@ class PerformanceCallback(TrainerCallback):
         """Count the model, find the peak, and watch the batches."""
         self._stop()
         if args.n_gpu > 1:
-            reason = "DataParallel runs copies of the model. Start a process for each GPU."
-            self._say_first(args, f"Performance is not logged: {reason}")
+            self.not_logged = "DataParallel runs copies of the model. Start a process for each GPU."
+            self._say_first(args, f"Performance is not logged: {self.not_logged}")
             return
         self._copies = _tensor_parallel(args, model)
         self._flops = self._count(args, model)
         spans = () if self._flops is None else tuple(self._flops.pairs)
         self._meter = TokenMeter(model, spans, causal=self._convention == "causal")
-        self._recomputed = recomputed_share(model)
+        self._recomputed, self._keeps_experts = recomputed_share(model), keeps_experts(model)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
         self._start = self._mark = time.perf_counter()
@@ -157,16 +160,15 @@ class PerformanceCallback(TrainerCallback):
         peak = self._given_peak or peak_flops(name)
         if peak is None:
             way_out = "Give PerformanceCallback(peak_flops=...)."
-            self._say_first(args, f"MFU is not logged: the peak of {name} is not known. {way_out}")
+            self._leave_out(args, f"the peak of {name} is not known. {way_out}")
             return None
         if self._copies > 1 or _splits_sequences(args):
-            reason = "a batch that several processes compute together is not counted."
-            self._say_first(args, f"MFU is not logged: {reason}")
+            self._leave_out(args, "a batch that several processes compute together is not counted.")
             return None
         try:
             flops = count_flops(model)
         except FastexpertsError as error:
-            self._say_first(args, f"MFU is not logged: {error}")
+            self._leave_out(args, str(error))
             return None
         self._peak = peak
         self._say_first(
@@ -175,6 +177,12 @@ class PerformanceCallback(TrainerCallback):
             f"peak {peak / 1e12:,.1f} TFLOP/s on each of {args.world_size} x {name}.",
         )
         return flops
+
+    def _kept(self, tokens: int) -> float:
+        """What of a recomputed layer's forward is not computed again: experts whose outputs are kept."""
+        if self._flops is None or not self._keeps_experts:
+            return 0.0
+        return (self._flops.fixed["experts"] * tokens).repeated
 
     def _measure(self, args: Any) -> dict[str, float]:
         assert self._meter is not None
@@ -187,7 +195,7 @@ class PerformanceCallback(TrainerCallback):
         if self._flops is not None:
             work = sum((part * tokens for part in self._flops.fixed.values()), work)
             work = sum((each * keys[span] for span, each in self._flops.pairs.items()), work)
-        hardware = work.total + work.repeated * self._recomputed
+        hardware = work.total + (work.repeated - self._kept(tokens)) * self._recomputed
         tokens_all, model_all, hardware_all = _reduce(args, [tokens, work.total, hardware], "SUM")
         seconds, memory = _reduce(args, [seconds, memory], "MAX")
         if tokens_all == 0:
@@ -201,6 +209,10 @@ class PerformanceCallback(TrainerCallback):
         if args.device.type == "cuda":
             values["perf/peak_memory"] = memory
         return values
+
+    def _leave_out(self, args: Any, reason: str) -> None:
+        self.not_logged = reason
+        self._say_first(args, f"MFU is not logged: {reason}")
 
     def _say_first(self, args: Any, line: str) -> None:
         if args.process_index == 0:
@@ -235,6 +247,13 @@ def recomputed_share(model: nn.Module) -> float:
     wrapped = {id(m) for name, m in model.named_modules() if name.endswith("_checkpoint_wrapped_module")}
     again = [layer for layer in layers if _checkpoints(layer) or id(layer) in wrapped]
     return len(again) / len(layers) if layers else 0.0
+
+
+def keeps_experts(model: nn.Module) -> bool:
+    """Whether checkpointing keeps what the experts gave: `keep_experts` of hf/recompute.py is its context."""
+    switched = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    contexts = (getattr(function, "keywords", {}).get("context_fn") for function in switched)
+    return any(getattr(context, "__name__", "") == "keep_experts" for context in contexts)
 
 
 def _checkpoints(layer: Any) -> bool:

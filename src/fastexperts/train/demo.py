@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastexperts.errors import refuse
+from fastexperts.train.page import check_plotting, write_report
 from fastexperts.train.proof import Check, prove
 from fastexperts.train.recipe import load_recipe
-from fastexperts.train.report import check_plotting, describe_run, plot_expert_load, plot_loss, write_json
+from fastexperts.train.report import describe_run
 from fastexperts.train.sft import TrainResult, train
 
 STEPS = 600
@@ -36,7 +37,7 @@ training:
   learning_rate: 4e-3
   scheduler: cosine
   warmup: 0.05
-  gradient_checkpointing: false # a small model has the memory
+  checkpoint: off # a small model has the memory
   logging_steps: {logging_steps}
   eval_steps: {eval_steps}
   save_steps: {steps}
@@ -59,7 +60,7 @@ class DemoResult(NamedTuple):
 def run_demo(
     output: str | Path | None = None, *, steps: int = STEPS, console: Console | None = None
 ) -> DemoResult:
-    """Train the demo's recipe, prove the checkpoint, draw, sample, and write `report.json`.
+    """Train the demo's recipe, prove the checkpoint, sample, and write `report.html` and `report.json`.
 
     Raises FastexpertsError if the output folder is not new or something needed is missing.
     """
@@ -77,15 +78,12 @@ def run_demo(
     checks = [_learned(result), *prove(model, result.model_folder, _batch(folder, tokenizer, model.device))]
     samples = [_sample(model, tokenizer, prompt) for prompt in PROMPTS]
 
-    report = describe_run(recipe, result)
-    plot_loss(folder / "loss.png", report["losses"], report["eval_losses"])
-    plot_expert_load(folder / "expert_load.png", result.load_LE)
-    report |= {
+    report = describe_run(recipe, result) | {
         "checks": [check.as_json() for check in checks],
         "samples": samples,
         "seconds": {"training": trained, "all": time.perf_counter() - started},
     }
-    write_json(folder / "report.json", report)
+    write_report(folder, report, "fastexperts demo")
     _show(console, folder, report, checks)
     return DemoResult(folder, checks)
 
@@ -169,7 +167,7 @@ def _show(console: Console, folder: Path, report: dict[str, Any], checks: list[C
         f"{report['parameters']:,} parameters, {report['steps']} steps on {report['device']}: "
         f"{report['performance']['perf/tokens_per_s']:,.0f} tokens/s, "
         f"{seconds['training']:.0f} s, {seconds['all']:.0f} s with the proof. In {folder}:\n"
-        "  loss.png, expert_load.png, report.json, run/model (the checkpoint)",
+        "  report.html (open it in a browser), report.json, run/model (the checkpoint)",
         highlight=False,
         soft_wrap=True,
     )

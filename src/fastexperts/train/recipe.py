@@ -8,16 +8,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.lora import MAX_RANK
+from fastexperts.train.plain_yaml import read_yaml
 
 TinyConfig = Literal["tiny-qwen3-moe", "tiny-mixtral", "tiny-deepseek-v3"]
 Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "lion_8bit", "sgd"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+# YAML 1.1 reads a bare `off` as false.
+Checkpoint = Annotated[
+    Literal["auto", "off", "keep-experts", "full"],
+    BeforeValidator(lambda value: "off" if value is False else value),
+]
 
 # Settings that a resumed run may change: none of them changes what the next step computes.
 RESUME_MAY_CHANGE = frozenset(
@@ -108,6 +122,20 @@ class DataSettings(Section):
         return self
 
 
+class OptimizeSettings(Section):
+    """Parts of the step that Liger's kernels compute on a GPU (hf/optimize.py)."""
+
+    norms: bool = True
+    rotary: bool = True
+    shared_experts: bool = Field(default=True, description="and other dense MLPs")
+
+
+class BalancingSettings(Section):
+    """Loss-free balancing of the experts' load (train/balancing.py), for families with a bias for it."""
+
+    rate: float = Field(default=1e-3, gt=0, le=1, description="what a router's bias moves in a step")
+
+
 class TrainingSettings(Section):
     """How it is trained. What is not here keeps TRL's default."""
 
@@ -123,12 +151,18 @@ class TrainingSettings(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     optimizer: Optimizer = "adamw_torch_fused"
     seed: int = Field(default=42, ge=0, lt=2**32)
-    gradient_checkpointing: bool = True
+    optimize: OptimizeSettings = OptimizeSettings()
+    checkpoint: Checkpoint = Field(
+        default="auto", description="what is computed again to save memory; auto: by an estimate"
+    )
     precision: Literal["auto", "fp32", "bf16_autocast", "bf16"] = Field(
         default="auto", description="auto: fp32 weights, with bf16 autocast on a GPU; bf16: bf16 weights"
     )
     router_aux_loss_coef: float | None = Field(
         default=None, ge=0, description="default: the model's own; 0: none"
+    )
+    balancing: BalancingSettings | None = Field(
+        default=None, description="loss-free balancing, like {rate: 1e-3}; default: none"
     )
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(default=500, ge=1)
@@ -142,6 +176,9 @@ class TrainingSettings(Section):
     def _consistent(self) -> TrainingSettings:
         if self.steps is not None and self.epochs is not None:
             raise invalid("both `steps` and `epochs`", "one of them", "Remove one of them.")
+        if self.balancing is not None and self.method != "full":
+            way_out = "Remove `balancing`, or set `method: full`."
+            raise invalid("`balancing` beside an adapter, which would not save it", "`method: full`", way_out)
         return self
 
 
@@ -201,8 +238,13 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     return section
 
 
+_CALLED = {"gradient_checkpointing": "checkpoint", "activation_checkpointing": "checkpoint"}  # by TRL
+
+
 def _where_it_may_belong(location: tuple[int | str, ...]) -> str:
     name = str(location[-1])
+    if name in _CALLED:
+        return f"Here it is `{_CALLED[name]}`."
     for section, field in Recipe.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields:
@@ -258,43 +300,6 @@ def _refusal(error: ValidationError, where: str) -> FastexpertsError:
     return FastexpertsError("\n".join(lines.values()))
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `1e-4` is a number and a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in seen and key != "<<":
-                raise FastexpertsError(f"`{key}` is in line {seen[key]} and line {line}: remove one.")
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.2's numbers: YAML 1.1, which PyYAML implements, needs a dot in `1.0e-4`.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no such file"
-        raise refuse("recipe", str(path), got=got, needs="a YAML file", way_out="See examples/recipe.yaml.")
-    try:
-        # _Loader is a SafeLoader: no Python objects are built.
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FastexpertsError as error:
-        way_out = str(error)
-        raise refuse("recipe", str(path), got="a setting twice", needs="it once", way_out=way_out) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        got, needs = "text that is not plain YAML", "`name: value` lines"
-        raise refuse("recipe", str(path), got=got, needs=needs, way_out=problem) from error
-
-
 def parse_recipe(settings: object, where: str = "recipe") -> Recipe:
     """Validate settings; raise one `FastexpertsError` that names everything wrong with them."""
     if not isinstance(settings, dict):
@@ -312,7 +317,7 @@ def load_recipe(path: str | Path, **changes: Any) -> Recipe:
     `changes` replace settings by their dotted names: `**{"training.steps": 10}`.
     """
     path = Path(path)
-    settings = _read_yaml(path)
+    settings = read_yaml(path)
     if isinstance(settings, dict):
         for dotted, value in changes.items():
             *sections, name = dotted.split(".")

@@ -1,4 +1,4 @@
-"""Pictures and numbers of a finished run: the loss curve, the experts' load, `report.json`."""
+"""The numbers of a finished run, as plain JSON values: what `report.json` holds and `page` draws."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from fastexperts.errors import FastexpertsError
-from fastexperts.metrics.routing_health import imbalance
+from fastexperts.metrics.mfu import PerformanceCallback
 from fastexperts.train.recipe import Recipe
 from fastexperts.train.sft import TrainResult
 
@@ -28,22 +27,38 @@ def describe_run(recipe: Recipe, result: TrainResult) -> dict[str, Any]:
         },
         "python": platform.python_version(),
         "device": device_name(trainer.args.device),
+        "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
-        "recipe": recipe.model_dump(),
+        "recipe": recipe.model_dump(exclude=set() if recipe.training.method == "lora" else {"lora"}),
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": trainer.state.global_step,
         "losses": result.losses,
         "eval_losses": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         "performance": _medians(history),
-        "expert_load": result.load_LE.tolist(),
-        "expert_imbalance": imbalance(result.load_LE),
+        "mfu_not_logged": _mfu_not_logged(trainer),
+        "series": _series(history),
+        "routing": result.routing.as_json(),
     }
 
 
 def _medians(history: list[dict[str, float]]) -> dict[str, float]:
     """What the meter logged (metrics/mfu.py), the median of each value: a slow start does not count."""
-    names = sorted({name for entry in history for name in entry if name.startswith("perf/")})
-    return {name: median(entry[name] for entry in history if name in entry) for name in names}
+    return {
+        name: median(value for _, value in points)
+        for name, points in _series(history).items()
+        if name.startswith("perf/")
+    }
+
+
+def _series(history: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    """Name of what our callbacks logged -> (step, value) of each log."""
+    names = sorted({name for entry in history for name in entry if name.startswith(("perf/", "routing/"))})
+    return {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in names}
+
+
+def _mfu_not_logged(trainer: Any) -> str | None:
+    meters = (each for each in trainer.callback_handler.callbacks if isinstance(each, PerformanceCallback))
+    return next((meter.not_logged for meter in meters), None)
 
 
 def device_name(device: torch.device) -> str:
@@ -54,42 +69,3 @@ def device_name(device: torch.device) -> str:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content`, readable by people."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def plot_loss(path: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[int, float]]) -> None:
-    """The loss curve as PNG."""
-    figure, axes = _figure(7, 4)
-    axes.plot(*zip(*losses, strict=True), label="training")
-    if eval_losses:
-        axes.plot(*zip(*eval_losses, strict=True), "o-", label="evaluation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def plot_expert_load(path: Path, load_LE: torch.Tensor) -> None:
-    """The share of each layer's routed tokens that each expert got, as a heatmap, as PNG; 1 is the mean."""
-    relative = load_LE.double() / load_LE.double().mean(1, keepdim=True).clamp(min=1)
-    figure, axes = _figure(max(5, 0.35 * load_LE.shape[1]), max(2.5, 0.35 * load_LE.shape[0] + 1.2))
-    image = axes.imshow(relative.numpy(), aspect="auto", cmap="viridis", vmin=0)
-    axes.set(xlabel="expert", ylabel="layer", title="Tokens per expert, relative to the layer's mean")
-    axes.set_yticks(range(load_LE.shape[0]))
-    figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
-
-
-def check_plotting() -> None:
-    """Raise FastexpertsError, before hours of training rather than after, if pictures cannot be drawn."""
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise FastexpertsError("plots need matplotlib: pip install 'fastexperts[plot]'") from error
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    # Figure by itself, without pyplot: no display, no global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ from rich.console import Console
 
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.checkpoint import new_folder
-from fastexperts.hf.experts import enable
-from fastexperts.metrics.routing_health import ExpertLoad
+from fastexperts.hf.optimize import Part, StepSummary, optimize
+from fastexperts.metrics.routing_health import RoutingHealth, RoutingTable
 from fastexperts.train.adapter import adapter_of, check_saved
 from fastexperts.train.data import check_isolation, load_documents
 from fastexperts.train.models import load_model, load_tokenizer
@@ -33,8 +33,8 @@ class TrainResult:
 
     trainer: Any
     """TRL's trainer, as `train` left it: model, optimizer, `state.log_history`."""
-    load_LE: torch.Tensor
-    """Routed tokens per layer and expert, of all processes, since this process started or resumed."""
+    routing: RoutingTable
+    """What its routers did, layer by layer."""
     folder: Path
     """The run's folder: `recipe.yaml`, `checkpoint-<step>`, the trained `model`, and with `method: lora` from
     scratch the `base` of the adapter.
@@ -70,17 +70,14 @@ def train(
     Raises FastexpertsError for whatever cannot be served as asked.
     """
     trainer, checkpoint, console = _prepare(recipe, resume, console or Console(), callbacks)
-    with ExitStack() as stack:
-        load = stack.enter_context(ExpertLoad(trainer.model))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    load_LE = trainer.accelerator.reduce(load.counts().to(trainer.args.device), reduction="sum").cpu()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     folder = Path(recipe.output_dir)
     trainer.save_model(str(folder / MODEL_FOLDER))
     trainer.accelerator.wait_for_everyone()
     if recipe.training.method == "lora":
         for note in _on_first_rank(trainer.args, lambda: _read_back(trainer, folder / MODEL_FOLDER)):
             console.print(note, highlight=False, soft_wrap=True)
-    return TrainResult(trainer, load_LE, folder)
+    return TrainResult(trainer, _routing(trainer), folder)
 
 
 def _prepare(
@@ -106,7 +103,10 @@ def _prepare(
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_model(recipe.model, tokenizer, dtype, recipe.training.seed)
     _check_auxiliary_loss(recipe.training, model.config.get_text_config())
-    console.print(str(enable(model, verbose=False)), highlight=False, soft_wrap=True)
+    if recipe.training.method == "lora":
+        model.requires_grad_(False)  # as PEFT will, and as the estimate of memory has to count
+    console.print(str(_optimize(recipe, model)), highlight=False, soft_wrap=True)
+    callbacks = [*callbacks, *_balancing(recipe.training, model, console)]
     adapter = None
     if recipe.training.method == "lora":
         adapter, summary = adapter_of(recipe.lora, model)
@@ -123,6 +123,25 @@ def _prepare(
     return trainer, start.checkpoint, console
 
 
+def _optimize(recipe: Recipe, model: Any) -> StepSummary:
+    """Put the fast parts in; the loss is the trainer's, and the attention backend the recipe's."""
+    settings = recipe.training
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(where, dtype=torch.bfloat16, enabled=_autocasts(settings)):
+        summary = optimize(
+            model,
+            parts={
+                **settings.optimize.model_dump(),
+                "loss": False,
+                "attention": recipe.model.attention == "sdpa",
+            },
+            checkpoint=settings.checkpoint,
+            tokens=settings.batch_size * recipe.data.max_length,
+            verbose=False,
+        )
+    return summary.with_row(Part("loss", True, "TRL's own fused LM head"))
+
+
 def make_trainer(
     arguments: Any,
     model: Any,
@@ -132,7 +151,7 @@ def make_trainer(
     callbacks: Sequence[Any] = (),
     adapter: Any = None,
 ) -> Any:
-    """TRL's SFTTrainer over checked documents, with our progress bar, our meter and our resume.
+    """TRL's SFTTrainer over checked documents, with our progress bar, our meters and our resume.
 
     adapter: a `peft.LoraConfig`, if one is trained.
     """
@@ -172,7 +191,8 @@ def make_trainer(
             way_out="Change them, or name another tokenizer in `model.tokenizer`.",
         ) from error
     trainer.remove_callback(PrinterCallback)
-    PerformanceCallback(say=lambda line: console.print(line, highlight=False, soft_wrap=True)).attach(trainer)
+    for meter in (PerformanceCallback, RoutingHealth):
+        meter(say=_sayer(console)).attach(trainer)
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",
@@ -190,6 +210,25 @@ def make_trainer(
             way_out="Set `requires_grad` of what is to be trained, or `training.method: lora`.",
         )
     return fix_resume(trainer)
+
+
+def _sayer(console: Console) -> Callable[[str], object]:
+    return partial(console.print, highlight=False, soft_wrap=True)
+
+
+def _balancing(settings: TrainingSettings, model: Any, console: Console) -> list[Any]:
+    from fastexperts.train.balancing import LossFreeBalancing, find_biases
+
+    if settings.balancing is None:
+        return []
+    find_biases(model)  # what is refused is refused before anything is written
+    return [LossFreeBalancing(settings.balancing.rate, say=_sayer(console))]
+
+
+def _routing(trainer: Any) -> RoutingTable:
+    """What `make_trainer`'s RoutingHealth saw."""
+    tables = (each.table for each in trainer.callback_handler.callbacks if isinstance(each, RoutingHealth))
+    return next(table for table in tables if table is not None)
 
 
 def sft_config(recipe: Recipe) -> Any:
@@ -218,7 +257,7 @@ def sft_config(recipe: Recipe) -> Any:
         optim=settings.optimizer,
         seed=settings.seed,
         data_seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=False,  # the model has it already, as `optimize` has set it
         bf16=_autocasts(settings),
         use_cpu=not torch.cuda.is_available(),
         router_aux_loss_coef=settings.router_aux_loss_coef,
@@ -320,7 +359,7 @@ def _check_gradients(trainer: Any, console: Console) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         console.print("Gradients: those of experts' factors are not checked under FSDP or DeepSpeed.")
         return
-    trainer.add_callback(ExpertGradients(lambda line: console.print(line, highlight=False, soft_wrap=True)))
+    trainer.add_callback(ExpertGradients(_sayer(console)))
 
 
 def _keep_base(recipe: Recipe, trainer: Any, tokenizer: Any, dtype: torch.dtype) -> None:

@@ -1,0 +1,226 @@
+"""`optimize`: the whole training step of a model from well-kept parts, a row of `PARTS` each.
+
+Each part finds the modules that it serves by comparing numbers, never by a name alone. What it cannot serve
+stays as it is, and the summary says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+from torch import nn
+
+from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.hf import attention, liger, loss, norms, recompute, rotary, swiglu
+from fastexperts.hf.experts import enable, pretrained_models
+
+CHECKPOINTS = ("auto", *recompute.MODES)
+_WRAPPED = re.compile(r"(\.base_layer)+$")  # PEFT's wrappers of an experts module
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of some modules of a part: whether it is on, what runs or why not."""
+
+    part: str
+    on: bool
+    what: str
+    modules: int = 0
+    names: str = ""
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """What `optimize` did; `str()` draws the table."""
+
+    rows: tuple[Part, ...]
+    checkpoint: str
+    """off, keep-experts or full."""
+
+    def of(self, part: str) -> tuple[Part, ...]:
+        """The rows of one part."""
+        return tuple(row for row in self.rows if row.part == part)
+
+    def on(self, part: str) -> bool:
+        """Whether any module runs on `part`."""
+        return any(row.on for row in self.of(part))
+
+    def with_row(self, row: Part) -> StepSummary:
+        """The same with `row` in the place of those of its part: where another library does that part."""
+        at = next(i for i, old in enumerate(self.rows) if old.part == row.part)
+        others = [old for old in self.rows if old.part != row.part]
+        return replace(self, rows=(*others[:at], row, *others[at:]))
+
+    def __str__(self) -> str:
+        table = [("step", "", "modules", "")]
+        for row in self.rows:
+            what = f"{row.names}: {row.what}" if row.names else row.what
+            table.append((row.part, "on" if row.on else "off", str(row.modules or "-"), what))
+        widths = [max(len(line[i]) for line in table) for i in range(3)]
+        return "\n".join(
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]
+            ).rstrip()
+            for line in table
+        )
+
+
+def _experts(model: nn.Module, where: str) -> list[Part]:
+    rows = enable(model, verbose=False).served
+    labels = {row: f"fastexperts, {row.activation}, top {row.top_k} of {row.experts}" for row in rows}
+    return _merged("experts", [(row.name, True, label) for row, label in labels.items()])
+
+
+def _by_liger(part: str, finder: ModuleType) -> Callable[[nn.Module, str], list[Part]]:
+    """How a part is put in whose `finder` has candidates, and for each a forward or a refusal."""
+
+    def apply(model: nn.Module, where: str) -> list[Part]:
+        missing = liger.missing(where)
+        if missing:
+            return [Part(part, False, missing)]
+        found: list[tuple[str, bool, str]] = []
+        for name, module in finder.candidates(model).items():
+            try:
+                forward = finder.forward_of(module, where)
+            except FastexpertsError as e:
+                found.append((name, False, str(e)))
+            else:
+                forward.put()
+                found.append((name, True, str(forward)))
+        return _merged(part, found) or [Part(part, False, "no such modules")]
+
+    return apply
+
+
+def _attention(model: nn.Module, where: str) -> list[Part]:
+    return _merged(
+        "attention", [attention.choose(root, where) for root in pretrained_models(model, "optimize")]
+    )
+
+
+PARTS: dict[str, Callable[[nn.Module, str], list[Part]]] = {
+    "experts": _experts,
+    "norms": _by_liger("norms", norms),
+    "rotary": _by_liger("rotary", rotary),
+    "shared_experts": _by_liger("shared_experts", swiglu),
+    "loss": _by_liger("loss", loss),
+    "attention": _attention,
+}
+"""Name -> what puts the part into (model, type of the device it trains on), and says what became of it."""
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    parts: Mapping[str, bool] | None = None,
+    checkpoint: str = "auto",
+    tokens: int | None = None,
+    verbose: bool = True,
+) -> StepSummary:
+    """Put fast parts into the training step of a loaded `model`, and say which, where, and why not elsewhere.
+
+    Args:
+        model: a transformers model, or a wrapper of one; before or after PEFT.
+        parts: {name: False} leaves a part of `PARTS` as it is; all others are on.
+        checkpoint: `recompute.MODES`, or "auto": the one that recomputes least and fits the memory by an
+            estimate, which is printed; "full" where `tokens` is not given.
+        tokens: of one forward and backward on one device, for the estimate.
+        verbose: print the summary.
+
+    Nothing is patched but the instances in `model`; `restore(model)` takes the forwards away again. Raises
+    FastexpertsError for an unknown name, for experts that `enable` refuses, and for keep-experts without
+    ours.
+    """
+    chosen = _check(parts or {}, checkpoint)
+    roots = pretrained_models(model, "optimize")
+    restore(model)
+    where = liger.device_type(model)
+    rows: list[Part] = []
+    for name, apply in PARTS.items():
+        rows += apply(model, where) if chosen[name] else [Part(name, False, "as asked")]
+    mode, why = _checkpoint(model, checkpoint, tokens, where, rows)
+    without = sum(recompute.apply(root, mode) for root in roots)
+    if without:
+        why += f"; {without} layers run again without w2 and combine, whose output no backward reads"
+    summary = StepSummary((*rows, Part("checkpoint", mode != "off", f"{mode}, {why}")), mode)
+    if verbose:
+        print(summary)
+    return summary
+
+
+def restore(model: nn.Module) -> int:
+    """Give every module of `model` that norms, rotary, shared_experts or loss changed the forward of its
+    class back; returns how many there were. Experts, attention backend and checkpointing stay.
+    """
+    return liger.restore(model)
+
+
+def _check(parts: Mapping[str, bool], checkpoint: str) -> dict[str, bool]:
+    """Every part and whether it is wanted."""
+    for name in parts:
+        if name not in PARTS:
+            raise refuse(
+                "optimize",
+                "parts",
+                got=repr(name),
+                needs=f"names of {', '.join(PARTS)}",
+                way_out="Checkpointing has an argument of its own.",
+            )
+    if checkpoint not in CHECKPOINTS:
+        raise refuse(
+            "optimize",
+            "checkpoint",
+            got=repr(checkpoint),
+            needs=f"one of {', '.join(CHECKPOINTS)}",
+            way_out="Leave it out to let an estimate decide.",
+        )
+    return dict.fromkeys(PARTS, True) | dict(parts)
+
+
+def _checkpoint(
+    model: nn.Module, asked: str, tokens: int | None, where: str, rows: list[Part]
+) -> tuple[str, str]:
+    """(mode, why) of the checkpointing that was asked for."""
+    on = {row.part for row in rows if row.on}
+    roots = pretrained_models(model, "optimize")
+    if asked == "keep-experts" and "experts" not in on:
+        raise refuse(
+            "optimize",
+            "checkpoint",
+            got="'keep-experts' with the experts left as they are",
+            needs="experts that run on fastexperts: what they keep is what our op gives",
+            way_out="Leave parts={'experts': False} out, or take checkpoint='full'.",
+        )
+    able = all(root.supports_gradient_checkpointing for root in roots)
+    if asked not in ("auto", "off") and not able:
+        raise refuse(
+            "optimize",
+            "checkpoint",
+            got=f"{asked!r} for {type(roots[0]).__name__}",
+            needs="a class with gradient checkpointing",
+            way_out="Pass checkpoint='off'.",
+        )
+    if asked != "auto":
+        return asked, "as asked"
+    if not able:
+        return "off", "the class has no gradient checkpointing"
+    if tokens is None:
+        return "full", "since `tokens` of a step is not given"
+    estimate = recompute.estimate(model, tokens, where, fused="loss" in on)
+    modes = tuple(mode for mode in recompute.MODES if mode != "keep-experts" or "experts" in on)
+    mode = estimate.choose(modes)
+    return mode, str(estimate) if estimate.fits(mode) else f"{estimate}: none fits"
+
+
+def _merged(part: str, found: list[tuple[str, bool, str]]) -> list[Part]:
+    """A row for each outcome, with the names that its modules have in their blocks."""
+    outcomes: dict[tuple[bool, str], list[str]] = {}
+    for name, on, what in found:
+        outcomes.setdefault((on, what), []).append(_WRAPPED.sub("", name).rpartition(".")[2])
+    return [
+        Part(part, on, what, len(names), ", ".join(dict.fromkeys(name for name in names if name)))
+        for (on, what), names in outcomes.items()
+    ]

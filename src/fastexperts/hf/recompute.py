@@ -1,0 +1,197 @@
+"""Gradient checkpointing by decoder layer: what is kept, what is computed again, and what that takes.
+
+    off           everything is kept
+    keep-experts  of each layer its input and the experts' h: attention, norms and router are computed again
+    full          of each layer its input; the experts' output is not computed again where nothing reads it
+
+The two that recompute are PyTorch's non-reentrant checkpointing through transformers' switch; `keep-experts`
+adds a policy that keeps the outputs of our op and of nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from fastexperts.hf import liger, unread
+from fastexperts.hf.inventory import Row, interface_modules, row_of
+from fastexperts.hf.swiglu import PROJECTIONS
+
+MODES = ("off", "keep-experts", "full")
+USABLE = 0.9
+"""Of a card's memory: the rest is for the CUDA context, workspaces and fragmentation."""
+
+GIB = 2**30
+_WRAPPED = re.compile(r"(\.base_layer)+$")  # PEFT's wrappers of an experts module
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a decoder layer keeps of a token, in bytes: its input, the experts' outputs and h, the rest."""
+
+    input: int
+    experts: int
+    rest: int
+
+    def of(self, mode: str) -> int:
+        """What is kept until the backward under `mode`."""
+        return self.input + {"off": self.experts + self.rest, "keep-experts": self.experts, "full": 0}[mode]
+
+    @property
+    def whole(self) -> int:
+        """What there is while the layer is computed again."""
+        return self.input + self.experts + self.rest
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of a training step, in bytes. An estimate: what autograd keeps is counted from the layers'
+    widths.
+
+    memory: of the card. fixed: weights, their gradients and AdamW's two states, and what lies outside the
+    layers.
+    logits: what the loss takes.
+    """
+
+    memory: int
+    fixed: int
+    logits: int
+    layers: tuple[Kept, ...]
+    tokens: int
+
+    def of(self, mode: str) -> int:
+        """The peak under `mode`: what all layers keep, and one of them whole where they are recomputed."""
+        kept = sum(layer.of(mode) for layer in self.layers)
+        again = max((layer.whole - layer.of(mode) for layer in self.layers), default=0)
+        return self.fixed + max(self.logits, self.tokens * again) + self.tokens * kept
+
+    def choose(self, modes: tuple[str, ...] = MODES) -> str:
+        """The first of `modes`, which keep less and less, that fits; the last if none does."""
+        return next(filter(self.fits, modes), modes[-1])
+
+    def fits(self, mode: str) -> bool:
+        """Whether the peak under `mode` is within what is usable."""
+        return self.of(mode) <= USABLE * self.memory
+
+    def __str__(self) -> str:
+        peaks = ", ".join(f"{mode} {self.of(mode) / GIB:.2f}" for mode in MODES)
+        return f"estimated GiB at {self.tokens:,} tokens: {peaks}; of {self.memory / GIB:.1f}"
+
+
+def estimate(model: Any, tokens: int, where: str, fused: bool) -> Estimate:
+    """The `Estimate` of a step of `tokens` tokens on one device of type `where`, with all of `model` on it.
+
+    fused: the loss makes no whole logits. Under autocast what is kept counts in its dtype.
+    """
+    experts = {
+        _WRAPPED.sub("", name): row_of(name, module, served=True)
+        for name, module in interface_modules(model).items()
+    }
+    parameters = list(model.parameters())
+    weights = sum(_bytes(p) for p in parameters)
+    trained = sum(_bytes(p) for p in parameters if p.requires_grad)
+    wide = max(p.element_size() for p in parameters if p.is_floating_point())
+    autocast = torch.is_autocast_enabled(where)
+    size = torch.get_autocast_dtype(where).itemsize if autocast else wide
+    config = model.config.get_text_config()
+    layers = tuple(
+        kept_of(layer, _rows_in(name, experts), config.hidden_size, size)
+        for name, layer in decoder_layers(model)
+    )
+    vocabulary, hidden = config.vocab_size, config.hidden_size
+    ends = 3 * tokens * hidden * size  # the embeddings, and what the last norm reads and gives
+    if fused:  # a chunk, and the gradient of the head in fp32
+        logits = tokens * liger.CHUNKS * hidden * size + 4 * vocabulary * hidden
+    else:  # as the head gives them, in fp32, and their gradient
+        logits = tokens * vocabulary * (size + 8)
+    here = sum(_bytes(p) for p in parameters if p.device.type == where)
+    return Estimate(free_memory(where) + here, weights + 3 * trained + ends, logits, layers, tokens)
+
+
+def _rows_in(layer: str, experts: dict[str, Row]) -> dict[str, Row]:
+    prefix = layer + "."
+    return {name.removeprefix(prefix): row for name, row in experts.items() if name.startswith(prefix)}
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def free_memory(where: str) -> int:
+    """Bytes that are free on the current CUDA device, or on this machine."""
+    if where == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that transformers checkpoints."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
+
+
+def kept_of(layer: Any, experts: dict[str, Row], hidden: int, size: int) -> Kept:
+    """What `layer` keeps of a token, at `size` bytes an element, from the widths of its modules.
+
+    experts: name in the layer -> its row. hidden: the width of the residual stream. A norm keeps what it
+    reads and gives, a linear map what it reads if that is wider or narrower than the stream, else what it
+    gives; queries and keys are there before and after their norm or rotation.
+    """
+    rest = 0
+    for name, module in layer.named_modules():
+        inside = any(name == other or name.startswith(other + ".") for other in experts)
+        weight = module._parameters.get("weight")
+        if inside or weight is None:
+            continue
+        if weight.dim() == 1 and len(weight) == hidden:
+            rest += 2 * hidden
+        elif isinstance(module, nn.Linear):
+            dense = name.rpartition(".")[2] in PROJECTIONS
+            narrows = module.out_features == hidden
+            rest += module.in_features if narrows else module.out_features * (1 if dense else 2)
+        elif weight.dim() == 2:  # a router: logits, probabilities and their sum, in fp32
+            rest += 3 * 4 * len(weight) // size
+    kept = sum(hidden + (row.top_k or 1) * (2 * (row.intermediate or 0) + 4) for row in experts.values())
+    return Kept(hidden * size, kept * size, rest * size)
+
+
+def apply(model: Any, mode: str) -> int:
+    """Switch `model`, a transformers model, to `mode`; returns how many layers run again without w2."""
+    layers = [layer for _, layer in decoder_layers(model)]
+    if mode == "off":
+        if any(layer.gradient_checkpointing for layer in layers):
+            _either(model, "disable")()
+        return 0
+    how: dict[str, Any] = {"use_reentrant": False}
+    if mode == "keep-experts":
+        how["context_fn"] = keep_experts
+    _either(model, "enable")(how)
+    if mode != "full":
+        return 0
+    skipping = unread.unread_layers(model, layers)
+    unread.skip(skipping)
+    return len(skipping)
+
+
+def _either(model: Any, what: str) -> Any:
+    """transformers 5.23 renamed the switch; 5.17 has the old name alone."""
+    new = getattr(model, f"activation_checkpointing_{what}", None)
+    return new or getattr(model, f"gradient_checkpointing_{what}")
+
+
+def keep_experts() -> tuple[Any, Any]:
+    """The contexts of a checkpoint that keeps what our op gives; metrics/mfu.py knows it by its name."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    ours = op is torch.ops.fastexperts.moe_mlp.default
+    return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE

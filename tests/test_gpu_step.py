@@ -1,0 +1,115 @@
+"""The whole step on a GPU: gradients by the bf16 rule, with bf16 weights and under autocast; what is kept."""
+
+import pytest
+import torch
+from support_liger import step
+
+from fastexperts.hf.optimize import PARTS, optimize
+
+pytestmark = pytest.mark.gpu
+
+VOCABULARY, BATCH, LENGTH = 512, 2, 512
+
+
+@pytest.fixture(autouse=True)
+def _needs_liger():
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed on this GPU machine")
+
+
+def _model(dtype, seed=0):
+    """A GLM-4.5 of two layers, one dense, with pre-activations of about N(0, 1), alike for every dtype."""
+    from support_hf import rescale
+    from transformers import AutoModelForCausalLM, Glm4MoeConfig
+
+    config = Glm4MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1024,
+        moe_intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        n_routed_experts=32,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        use_qk_norm=True,
+        use_cache=False,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, experts_implementation="eager", attn_implementation="eager", dtype=torch.float32
+    )
+    rescale(model, seed)
+    return model.to("cuda", dtype).train()
+
+
+def _batch():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, VOCABULARY, (BATCH, LENGTH), generator=generator).cuda()
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16-weights", "autocast"])
+def test_gradients_by_the_bf16_rule(autocast):
+    """Each is as near to fp64 as eager's of the same precision: factor 2, floor 2^-9, routers 2^-8.
+
+    A top-k choice that bf16 flips moves both.
+    """
+    data = _batch()
+    truth = step(_model(torch.float64), data)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        eager = step(_model(dtype), data)
+        model = _model(dtype)
+        summary = optimize(model, checkpoint="keep-experts", verbose=False)
+        assert {part for part in PARTS if summary.on(part)} == set(PARTS)
+        ours = step(model, data)
+    assert ours.keys() == eager.keys() == truth.keys()
+    for name, expected in truth.items():
+        norm = expected.norm()
+        floor = 2.0**-8 if "mlp.gate." in name else 2.0**-9
+        theirs = (eager[name].double() - expected).norm()
+        error = (ours[name].double() - expected).norm()
+        print(f"{name}: {error / norm:.2e}, eager {theirs / norm:.2e}")
+        assert error <= 2 * max(theirs, floor * norm), (
+            f"{name}: {error / norm:.2e}, eager {theirs / norm:.2e}"
+        )
+
+
+def _kept(model, data):
+    """Bytes that a forward leaves allocated."""
+    before = torch.cuda.memory_allocated()
+    loss = model(**data, use_cache=False).loss
+    kept = torch.cuda.memory_allocated() - before
+    loss.backward()
+    return kept
+
+
+def test_what_is_kept_is_what_the_estimate_tells():
+    from fastexperts.hf.recompute import MODES, estimate
+
+    data, kept, told = _batch(), {}, {}
+    for mode in MODES:
+        model = _model(torch.bfloat16)
+        optimize(model, checkpoint=mode, verbose=False)
+        _kept(model, data)  # whatever the first call allocates for good
+        model.zero_grad(set_to_none=True)
+        kept[mode] = _kept(model, data)
+        layers = estimate(model, BATCH * LENGTH, "cuda", fused=True).layers
+        told[mode] = BATCH * LENGTH * sum(layer.of(mode) for layer in layers)
+    assert kept["keep-experts"] - kept["full"] == pytest.approx(told["keep-experts"] - told["full"], rel=0.2)
+    assert 0.5 <= (told["off"] - told["keep-experts"]) / (kept["off"] - kept["keep-experts"]) <= 1.5
+
+
+def test_a_model_that_is_still_on_the_cpu_is_served_for_the_gpu():
+    model = _model(torch.bfloat16).cpu()
+    summary = optimize(model, tokens=BATCH * LENGTH, verbose=False)
+    assert {part for part in PARTS if summary.on(part)} == set(PARTS)
+    assert summary.checkpoint == "off", "a small model"
+    on_cpu = {name: tensor.cpu() for name, tensor in _batch().items()}
+    assert model.eval()(**{name: tensor[:, :8] for name, tensor in on_cpu.items()}).logits.isfinite().all()
+    assert step(model.cuda().train(), _batch())["loss"].isfinite()

@@ -1,0 +1,172 @@
+"""optimize(): a model's whole step, with every part on and with each off, beside the model as it was."""
+
+import pytest
+import torch
+from families import cases, tiny_family
+from support_hf import assert_close, relative, tiny_model, tokens
+from support_liger import run_liger, step
+
+import fastexperts
+from fastexperts.errors import FastexpertsError
+from fastexperts.hf import liger, loss, norms, rotary, swiglu
+from fastexperts.hf.optimize import PARTS, Part, optimize, restore
+from fastexperts.metrics.flops import count_flops
+
+PARTS_FOUND = {"norms": norms, "rotary": rotary, "shared_experts": swiglu, "loss": loss}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    return run_liger(monkeypatch)
+
+
+def batch(device):
+    ids = tokens(batch=1, length=3).to(device)
+    return {"input_ids": ids, "labels": ids}
+
+
+EXPECTED = {
+    "qwen3_moe": {"experts", "norms", "rotary", "loss", "attention"},
+    "deepseek_v3": {"experts", "norms", "shared_experts", "loss", "attention"},
+    "glm4_moe": set(PARTS),
+    "ernie4_5_moe": {"experts", "norms", "shared_experts", "loss", "attention"},
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_loss_and_every_gradient_are_the_model_s(device, family):
+    model = tiny_model(family, "eager", attn_implementation="eager").to(device).train()
+    data = batch(device)
+    wanted = step(model, data)
+    logits = model(**data).logits
+    summary = optimize(model, checkpoint="keep-experts", verbose=False)
+    assert {part for part in PARTS if summary.on(part)} == EXPECTED[family]
+    assert model.config._attn_implementation == "sdpa"
+    assert summary.checkpoint == "keep-experts"
+    got = step(model, data)
+    assert_close(got, wanted)
+    assert relative(model.eval()(**data).logits, logits) <= 1e-5
+    again = optimize(model, checkpoint="keep-experts", verbose=False)
+    assert again == summary, "a second time changes nothing"
+
+
+@pytest.mark.slow  # 65 tiny models
+def test_how_many_families_each_part_serves():
+    """What docs/optimize.md says of transformers 5.23; other versions have other families."""
+    served = dict.fromkeys(PARTS_FOUND, 0)
+    for case in cases():
+        model = tiny_family(case)
+        for name, part in PARTS_FOUND.items():
+            for module in part.candidates(model).values():
+                try:
+                    part.forward_of(module, "cpu")
+                except FastexpertsError:
+                    continue
+                served[name] += 1
+                break
+    assert len(cases()) == 65
+    assert served == {"norms": 63, "rotary": 42, "shared_experts": 35, "loss": 49}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_each_part_can_be_left_out(device, name):
+    model = tiny_model("glm4_moe", "eager").to(device)
+    summary = optimize(model, parts={name: False}, checkpoint="off", verbose=False)
+    assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {name}
+    assert summary.of(name) == (Part(name, False, "as asked"),)
+    assert (model.config._experts_implementation == "fastexperts") == (name != "experts")
+    changed = {"norms": 9, "rotary": 2, "shared_experts": 2, "loss": 1}
+    assert restore(model) == sum(count for part, count in changed.items() if part != name)
+
+
+def test_nothing_of_liger_without_a_gpu(monkeypatch, capsys):
+    if torch.cuda.is_available():
+        monkeypatch.setenv("FASTEXPERTS_BACKEND", "torch")
+    model = tiny_model("dots1", "eager")
+    summary = fastexperts.optimize(model, tokens=64)
+    reason = "FASTEXPERTS_BACKEND is torch" if torch.cuda.is_available() else "no CUDA device"
+    for name in PARTS_FOUND:
+        assert summary.of(name) == (Part(name, False, reason),)
+    assert not any("forward" in vars(part) for part in model.modules())
+    assert capsys.readouterr().out == f"{summary}\n"
+    lines = str(summary).splitlines()
+    assert lines[0].split() == ["step", "modules"]
+    assert lines[1].split()[:3] == ["experts", "on", "1"]
+    assert f"off  -        {reason}" in lines[2]
+    assert "checkpoint" in lines[-1]
+    assert "estimated GiB at 64 tokens: off 0.00" in lines[-1]
+
+
+def test_liger_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(liger, "find_spec", lambda name: None)
+    reason = "liger-kernel is not installed (pip install 'fastexperts[train]')"
+    rows = [PARTS[name](tiny_model("qwen3_moe", "eager"), "cuda") for name in PARTS_FOUND]
+    assert rows == [[Part(name, False, reason)] for name in PARTS_FOUND]
+
+
+def test_what_another_library_does_stands_in_the_summary():
+    summary = optimize(tiny_model("qwen3_moe", "eager"), parts={"loss": False}, verbose=False)
+    theirs = Part("loss", True, "TRL's own fused LM head")
+    told = summary.with_row(theirs)
+    assert told.of("loss") == (theirs,)
+    assert [row.part for row in told.rows] == [row.part for row in summary.rows]
+    assert "TRL's own fused LM head" in str(told)
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), [
+    ({"parts": {"norm": False}}, r"`parts` got 'norm'.*norms, rotary"),
+    ({"parts": {"checkpoint": False}}, r"argument of its own"),
+    ({"checkpoint": "selective"}, r"`checkpoint` got 'selective'.*keep-experts"),
+    ({"checkpoint": "keep-experts", "parts": {"experts": False}}, "experts left as they are"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(arguments, complaint):
+    model = tiny_model("qwen3_moe", "eager")
+    with pytest.raises(FastexpertsError, match=complaint):
+        optimize(model, **arguments, verbose=False)
+
+
+def test_a_model_without_experts_or_of_another_library_is_refused():
+    with pytest.raises(FastexpertsError, match="optimize: `model` got Linear"):
+        optimize(torch.nn.Linear(2, 2))
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    dense = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(FastexpertsError, match="no experts were found"):
+        optimize(dense, verbose=False)
+    assert optimize(dense, parts={"experts": False}, verbose=False).of("experts") == (
+        Part("experts", False, "as asked"),
+    )
+
+
+@pytest.mark.parametrize("first", ["optimize", "adapter"])
+def test_before_and_after_an_adapter(device, first):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("qwen3_moe", "eager").to(device)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+
+    def adapted(model):
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, config).train()
+
+    wanted = step(adapted(tiny_model("qwen3_moe", "eager").to(device)), batch(device))
+    if first == "optimize":
+        summary = optimize(model, verbose=False)
+        model = adapted(model)
+    else:
+        model = adapted(model)
+        summary = optimize(model, verbose=False)
+    assert {"norms", "rotary", "loss"} <= {part for part in PARTS if summary.on(part)}
+    assert_close(step(model, batch(device)), wanted)
+
+
+def test_a_trainer_sees_the_inputs_and_the_meter_the_same_model(device):
+    import inspect
+
+    model = tiny_model("glm4_moe", "eager").to(device)
+    columns, flops = list(inspect.signature(model.forward).parameters), count_flops(model)
+    optimize(model, verbose=False)
+    assert list(inspect.signature(model.forward).parameters) == columns
+    assert count_flops(model) == flops

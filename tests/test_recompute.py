@@ -1,0 +1,186 @@
+"""Checkpointing modes: what is kept, what runs again, and the estimate that chooses between them."""
+
+import pytest
+import torch
+from families import case_of, tiny_family
+from families import step as family_step
+from support_hf import assert_close, tiny_model, tokens
+from support_liger import Alive, step
+
+import fastexperts
+from fastexperts import cpu
+from fastexperts.hf import recompute, unread
+from fastexperts.hf.recompute import MODES, Estimate, Kept, estimate
+from fastexperts.metrics.mfu import keeps_experts, recomputed_share
+
+FAMILIES = ["qwen3_moe", "deepseek_v3"]
+
+
+def model_in(family, mode, **overrides):
+    model = tiny_model(family, "eager", **overrides).train()
+    fastexperts.enable(model, verbose=False)
+    recompute.apply(model, mode)
+    return model
+
+
+def batch(length=24):
+    ids = tokens(length=length)
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_mode_gives_the_same_bits_and_runs_the_experts_as_often_as_it_says(family):
+    results, calls = {}, {}
+    for mode in MODES:
+        model = model_in(family, mode)
+        with Alive() as counted:
+            results[mode] = step(model, batch())
+        calls[mode] = counted.layers
+    layers = sum("Experts" in type(module).__name__ for module in model.modules())
+    assert calls == {"off": layers, "keep-experts": layers, "full": 2 * layers}, "of them half without w2"
+    for mode in MODES[1:]:
+        assert_close(results[mode], results["off"], 0)
+
+
+def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):
+    """Nor do adapters on w2: their rows are kept, and are there without it."""
+    peft = pytest.importorskip("peft")
+    calls = []
+    for name in ("up", "down", "combine"):
+        original = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu,
+            name,
+            lambda *args, _name=name, _run=original, **kwargs: calls.append(_name) or _run(*args, **kwargs),
+        )
+    config = peft.LoraConfig(
+        r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], init_lora_weights=False
+    )
+    results, counted = {}, {}
+    for mode in ("off", "full"):
+        model = model_in("qwen3_moe", mode)
+        torch.manual_seed(0)
+        calls.clear()
+        results[mode] = step(peft.get_peft_model(model, config), batch())
+        counted[mode] = [calls.count(name) for name in ("up", "down", "combine")]
+    # the third and fourth combine are of dx: checkpointing asks for that of the first layer's input as well
+    assert counted == {"off": [2, 2, 3], "full": [4, 2, 4]}
+    assert_close(results["full"], results["off"], 0)
+
+
+def test_a_layer_that_reads_its_experts_output_computes_it_again():
+    """In gemma4 a norm comes after the experts; with NaN in their place its gradients are NaN."""
+    results = {}
+    for mode in ("off", "full", "forced"):
+        model = tiny_family(case_of("gemma4"))
+        fastexperts.enable(model, verbose=False)
+        assert recompute.apply(model, "full" if mode == "forced" else mode) == 0
+        if mode == "forced":
+            unread.skip([layer for _, layer in recompute.decoder_layers(model)])
+        results[mode] = family_step(model)
+    assert results["full"].keys() == results["off"].keys()
+    assert all(torch.equal(results["full"][name], grad) for name, grad in results["off"].items())
+    assert any(grad.isnan().any() for grad in results["forced"].values()), "loud"
+
+
+def test_what_cannot_be_run_here_computes_all_again():
+    model = tiny_model("qwen3_moe", "eager")
+    fastexperts.enable(model, verbose=False)
+    layers = [layer for _, layer in recompute.decoder_layers(model)]
+    frozen = model.lm_head.weight.requires_grad_(False)
+    assert unread.unread_layers(model, layers) == layers
+    assert model.training
+    assert not frozen.requires_grad
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    model.forward = lambda pixels: None
+    assert unread.unread_layers(model, layers) == []
+    assert unread.unread_layers(tiny_model("qwen3_moe", "eager").to("meta"), layers) == []
+    stock = tiny_model("qwen3_moe", "eager")
+    assert recompute.apply(stock, "full") == 0, "experts that are not ours"
+
+
+def kept_by(family, mode):
+    """(bytes alive after the forward of a model's layers, those that the estimate tells)."""
+    model, ids = model_in(family, mode, hidden_size=64), tokens(length=24)
+    with Alive() as alive:
+        out = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    told = estimate(model, ids.numel(), "cpu", fused=True)
+    kept = alive.bytes()
+    del out
+    return kept, ids.numel() * sum(layer.of(mode) for layer in told.layers)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe", "deepseek_v3"])
+def test_the_estimate_tells_what_is_kept(family):
+    """Beyond what full recomputation keeps, which is the layers' inputs beside what lies outside of them.
+
+    The rest of a layer is a rough number: norms of PyTorch's keep more than Liger's, MLA copies its heads.
+    """
+    (full, told_full), (keep, told_keep), (off, told_off) = (
+        kept_by(family, mode) for mode in ("full", "keep-experts", "off")
+    )
+    assert keep - full == pytest.approx(told_keep - told_full, rel=0.1)
+    assert 0.5 <= (told_off - told_keep) / (off - keep) <= 1.3
+
+
+def plain(memory, **changes):
+    """Two layers that keep 10 bytes of a token as input, 30 of the experts and 60 of the rest."""
+    arguments = {"fixed": 1000, "logits": 500, "layers": (Kept(10, 30, 60),) * 2, "tokens": 100}
+    return Estimate(memory=memory, **(arguments | changes))
+
+
+def test_the_peak_is_a_sum_that_can_be_done_by_hand():
+    told = plain(0)
+    assert told.of("off") == 1000 + 500 + 100 * 2 * 100
+    assert told.of("keep-experts") == 1000 + 100 * 60 + 100 * 2 * 40, (
+        "a layer again takes more than the logits"
+    )
+    assert told.of("full") == 1000 + 100 * 90 + 100 * 2 * 10
+    assert plain(0, logits=9500).of("full") == 1000 + 9500 + 100 * 2 * 10
+
+
+def test_the_mode_that_recomputes_least_and_fits_is_chosen():
+    peaks = {mode: plain(0).of(mode) for mode in MODES}
+    assert peaks["off"] > peaks["keep-experts"] > peaks["full"]
+    for mode, peak in peaks.items():
+        enough = int(peak / recompute.USABLE) + 1
+        assert plain(enough).choose() == mode
+        assert plain(enough).fits(mode)
+        assert not plain(int(peak / recompute.USABLE) - 1).fits(mode)
+    assert plain(0).choose() == "full"
+    assert plain(int(peaks["keep-experts"] / recompute.USABLE) + 1).choose(("off", "full")) == "full"
+
+
+def test_auto_chooses_by_the_tokens_and_says_so(monkeypatch):
+    monkeypatch.setattr(recompute, "free_memory", lambda where: 2**20)
+    chosen = {}
+    for count in (1, 150, 10**6):
+        model = tiny_model("qwen3_moe", "eager")
+        summary = fastexperts.optimize(model, tokens=count, verbose=False)
+        chosen[count] = summary.checkpoint
+        assert f"at {count:,} tokens" in str(summary)
+        assert (recomputed_share(model) == 1) == (summary.checkpoint != "off")
+        assert keeps_experts(model) == (summary.checkpoint == "keep-experts")
+        assert str(summary).__contains__(": none fits") == (count == 10**6)
+    assert list(chosen.values()) == ["off", "keep-experts", "full"]
+    unknown = fastexperts.optimize(model, verbose=False)
+    assert unknown.checkpoint == "full"
+    assert "`tokens` of a step is not given" in str(unknown)
+    asked = fastexperts.optimize(model, checkpoint="off", verbose=False)
+    assert asked.checkpoint == "off"
+    assert recomputed_share(model) == 0, "switched off again"
+
+
+def test_autocast_and_frozen_weights_count():
+    model = tiny_model("qwen3_moe", "eager")
+    whole = estimate(model, 100, "cpu", fused=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = estimate(model, 100, "cpu", fused=True)
+    # a router's numbers are fp32 whatever the rest is
+    assert half.layers[0].of("keep-experts") * 2 == whole.layers[0].of("keep-experts")
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert whole.fixed == 4 * weights + 100 * 3 * 32 * 4
+    model.requires_grad_(False)
+    assert estimate(model, 100, "cpu", fused=True).fixed == weights + 100 * 3 * 32 * 4
+    assert whole.logits == 100 * 8 * 32 * 4 + 97 * 32 * 4
+    assert estimate(model, 100, "cpu", fused=False).logits == 100 * 97 * (4 + 8)
