@@ -49,7 +49,7 @@ def test_train_then_resume(tmp_path, monkeypatch, capsys):
     code, out, err = run_cli(monkeypatch, capsys, "train", path)
     assert (code, err) == (0, ""), err
     assert "step 4/4" in out
-    assert "after 4 steps" in out
+    assert "(step 4) after 4 steps" in out
     assert "examples/s" not in out + err
 
     code, _, err = run_cli(monkeypatch, capsys, "train", path)
@@ -64,11 +64,12 @@ def test_train_then_resume(tmp_path, monkeypatch, capsys):
 
 
 def test_output_and_steps_replace_the_recipe_s(tmp_path, monkeypatch, capsys):
-    path = write_recipe(tmp_path, settings(tmp_path, steps=None, epochs=3.0))
+    path = write_recipe(tmp_path, settings(tmp_path, steps=None, epochs=3.0, logging_steps=2))
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_cli(monkeypatch, capsys, "train", path, "--steps", 1, "--output", "elsewhere")
+    code, out, err = run_cli(monkeypatch, capsys, "train", path, "--steps", 3, "--output", "elsewhere")
     assert code == 0, err
-    assert "step 1/1" in out
+    assert "step 2/3" in out
+    assert "(step 2) after 3 steps" in out, "the last step is not always one that is logged"
     assert (tmp_path / "elsewhere" / "model" / "config.json").is_file()
     assert not (tmp_path / "run").exists()
 

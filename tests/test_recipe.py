@@ -4,11 +4,13 @@ import math
 import sys
 
 import pytest
+import torch
 import yaml
 from recipes import settings, write_recipe
 
 from fastexperts import cli
 from fastexperts.errors import FastexpertsError
+from fastexperts.train.models import load_model, load_tokenizer
 from fastexperts.train.recipe import (
     RESUME_MAY_CHANGE,
     DataSettings,
@@ -79,6 +81,15 @@ def data_file(name, text):
     return edit
 
 
+def saved_model(content, folder):
+    """An edit that trains on a checkpoint."""
+    chosen = ModelSettings(**content["model"])
+    tokenizer = load_tokenizer(chosen)
+    load_model(chosen, tokenizer, torch.float32, 0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    content["model"] = {"path": "./model"}
+
+
 CASES = {
     "unknown section": (put("trainin", {}), "`trainin` got an unknown setting", "Did you mean `training`?"),
     "unknown key": (
@@ -118,6 +129,21 @@ CASES = {
         "KeyError: 'siluu'",
         "settings that make a model",
     ),
+    "more experts per token than experts": (
+        put("model.overrides", {"num_experts_per_tok": 17}),
+        "selected index k out of range",
+        "settings that make a model",
+    ),
+    "attention not installed, from scratch": (
+        put("model.attention", "flash_attention_3"),
+        "`model.attention` got 'flash_attention_3', which transformers cannot use",
+        "model.attention: sdpa",
+    ),
+    "attention not installed, of a checkpoint": (
+        both(saved_model, put("model.attention", "flash_attention_2")),
+        "`model.attention` got 'flash_attention_2', which transformers cannot use",
+        "model.attention: sdpa",
+    ),
     "vocabulary smaller than the tokenizer's": (
         put("model.overrides", {"vocab_size": 258}),
         "260 tokens",
@@ -148,8 +174,23 @@ CASES = {
     ),
     "zero batch": (put("training.batch_size", 0), "greater than or equal to 1", "sequences per device"),
     "negative learning rate": (put("training.learning_rate", -1e-4), "-0.0001", "greater than 0"),
-    "nan": (put("training.learning_rate", math.nan), "nan", "less than or equal to 1"),
-    "endless warmup": (put("training.warmup", math.inf), "infinity", "finite"),
+    "nan": (put("training.learning_rate", math.nan), "`training.learning_rate` got nan", "a finite number"),
+    "endless warmup": (put("training.warmup", math.inf), "`training.warmup` got inf", "a finite number"),
+    "endless epochs": (
+        both(drop("training.steps"), put("training.epochs", math.inf)),
+        "`training.epochs` got inf",
+        "a finite number",
+    ),
+    "endless auxiliary loss": (
+        put("training.router_aux_loss_coef", math.inf),
+        "`training.router_aux_loss_coef` got inf",
+        "a finite number",
+    ),
+    "endless alpha": (
+        both(put("training.method", "lora"), put("lora.alpha", math.inf)),
+        "`lora.alpha` got inf",
+        "a finite number",
+    ),
     "eval fraction": (put("data.eval_fraction", 0.9), "0.9", "less than or equal to 0.5"),
     "eval fraction of one document": (
         both(data_file("one.txt", "hello"), put("data.eval_fraction", 0.1)),
@@ -177,6 +218,11 @@ CASES = {
     "unknown scheduler": (put("training.scheduler", "cosin"), "'cosin'", "Did you mean `cosine`?"),
     "unknown tracker": (put("training.report_to", ["wandbb"]), "'wandbb'", "`wandb`"),
     "tracker not installed": (put("training.report_to", "trackio"), "not installed", "pip install trackio"),
+    "optimizer not installed": (
+        put("training.optimizer", "lion_8bit"),
+        "bitsandbytes is not installed",
+        "pip install bitsandbytes",
+    ),
     "section is a text": (put("training", "fast"), "`training` got 'fast'", "name: value"),
     "missing file": (put("data.files", "gone.jsonl"), "gone.jsonl, no such file", "recipe's folder"),
     "folder as file": (put("data.files", "."), "a folder", "Name the files in it"),
@@ -219,6 +265,26 @@ CASES = {
         "in row 0",
         "`role` and `content`",
     ),
+    "message without content": (
+        data_file("m.jsonl", '{"messages": [{"role": "user", "content": null}]}\n'),
+        "in row 0",
+        "`role` and `content`",
+    ),
+    "call of a tool, for a template without": (
+        data_file(
+            "m.jsonl",
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"name": "f"}]}]}\n',
+        ),
+        "content has to be a text",
+        "model.tokenizer",
+    ),
+    "parts of content, for a template without": (
+        data_file(
+            "m.jsonl", '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n'
+        ),
+        "content has to be a text",
+        "model.tokenizer",
+    ),
     "unknown dataset": (
         both(drop("data.files"), put("data.dataset", "no/such-dataset")),
         "'no/such-dataset', split 'train'",
@@ -228,6 +294,11 @@ CASES = {
         lambda content, folder: (folder / "run").mkdir() or (folder / "run" / "notes.txt").write_text("mine"),
         "run, which is not empty",
         "--resume",
+    ),
+    "output folder that cannot be made": (
+        put("output_dir", "/proc/x"),
+        "`output_dir` got /proc/x",
+        "Choose another one",
     ),
     "output folder is a file": (
         lambda content, folder: (folder / "run").write_text("mine"),
@@ -340,6 +411,13 @@ def test_changes_replace_settings(tmp_path):
     path = write_recipe(tmp_path, settings(tmp_path))
     recipe = load_recipe(path, **{"training.steps": 3, "output_dir": "/elsewhere"})
     assert (recipe.training.steps, recipe.output_dir) == (3, "/elsewhere")
+
+
+@pytest.mark.parametrize("section", [None, "lora", ["steps"]])
+def test_changes_of_what_is_no_section_are_refused(tmp_path, section):
+    path = write_recipe(tmp_path, settings(tmp_path) | {"training": section})
+    with pytest.raises(FastexpertsError, match=r"`training` got .*needs settings, one `name: value` a line"):
+        load_recipe(path, **{"training.steps": 10})
 
 
 @pytest.mark.parametrize("lora", [None, {}, {"r": 8, "alpha": 4.0}])

@@ -175,6 +175,12 @@ def test_tables_give_their_column(tmp_path):
     assert texts_of(dataset=str(tmp_path), split="train", text_column="body") == ["c", "d"]
 
 
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
+    (tmp_path / "my[1].jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "my1.jsonl").write_text('{"text": "b"}\n')
+    assert texts_of(files=str(tmp_path / "my[1].jsonl")) == ["a"]
+
+
 def test_evaluation_is_a_seeded_share_of_the_documents(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("\n".join(f"document {i}" for i in range(40)))

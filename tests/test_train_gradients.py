@@ -182,6 +182,78 @@ def test_an_optimizer_that_never_moves_b_is_found():
         run(model, steps=STEPS + 1, trained=trained)
 
 
+def test_a_step_that_a_loss_scaler_skips_is_passed_over():
+    """One gradient that overflows makes the norm infinite, and clipping by it zeros of all others."""
+    model, lines = adapted(), []
+    callback = ExpertGradients(lines.append)
+    callback.on_train_begin(None, None, None, model=model)
+    model(tokens(), labels=tokens()).loss.backward()
+    model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").lora_B[
+        "default"
+    ].weight.grad.view(-1)[0] = torch.inf
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) == torch.inf
+    assert not factor(model, "lora_B").grad.any()
+    callback.on_pre_optimizer_step(None, None, None)
+    model.zero_grad()
+    assert run(model, callback=callback) == []
+    assert lines == ["Gradients: every LoRA factor of the experts gets one (8 tensors, 2 steps)."]
+
+
+def cut_off(model, layer):
+    """The layer runs, and nothing of what it computes is used."""
+    block = model.get_submodule(f"base_model.model.model.layers.{layer}")
+    block.register_forward_hook(lambda module, args, out: args[0])
+
+
+def skip(model, layer):
+    """The layer does not run."""
+    model.get_submodule(f"base_model.model.model.layers.{layer}").forward = lambda x, **_: x
+
+
+def bypass(model, layer):
+    """The block runs, and computes something without its experts."""
+    model.get_submodule(f"base_model.model.model.layers.{layer}.mlp").forward = lambda x: 2 * x
+
+
+@pytest.mark.parametrize("unused", [cut_off, skip])
+def test_blocks_that_no_gradient_reaches_are_not_asked(unused):
+    """As those of a vision tower in a run on texts."""
+    model = adapted()
+    unused(model, 1)
+    lines = run(model, steps=STEPS)
+    assert lines[0].startswith("Gradients: 4 LoRA factors of the experts get one (20 steps); the other 4")
+    assert "first base_model.model.model.layers.1.mlp.experts.lora_A" in lines[0]
+    assert hooks(model) == 0
+    unused(model, 0)
+    model.enable_input_require_grads()
+    with pytest.raises(FastexpertsError, match=rf"layers\.0.*no gradient to check in {STEPS}"):
+        run(model, steps=STEPS)
+
+
+def test_experts_that_their_block_does_not_call_are_found():
+    model = adapted()
+    bypass(model, 1)
+    with pytest.raises(FastexpertsError, match=rf"layers\.1.*no gradient to check in {STEPS}"):
+        run(model, steps=STEPS)
+
+
+def test_an_expert_whose_tokens_all_weigh_nothing_is_not_asked():
+    """As a router's that drops tokens by a weight of zero."""
+    model = adapted()
+    experts = list(interface_modules(model).values())[-1]
+
+    def drop(module, args):
+        x_TD, index_TK, weight_TK = args
+        return x_TD, index_TK, weight_TK * (index_TK != 3)
+
+    experts.register_forward_pre_hook(drop)
+    model(tokens(), labels=tokens()).loss.backward()
+    assert not factor(model, "lora_B").grad.view(OUT, RANK, E)[..., 3].any()
+    model.zero_grad()
+    assert "every LoRA factor of the experts gets one" in run(model)[0]
+
+
 def test_a_run_of_one_step_says_what_was_not_checked():
     assert run(adapted(), steps=1) == [
         "Gradients: 4 of 8 LoRA factors of the experts were not checked, the run ended after 1 steps."

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from fastexperts.errors import FastexpertsError
 from fastexperts.train.data import load_documents
 from fastexperts.train.models import load_model, load_tokenizer
-from fastexperts.train.recipe import parse_recipe
+from fastexperts.train.recipe import TrainingSettings, parse_recipe
 from fastexperts.train.sft import make_trainer, sft_config, train
 
 PROCESS = Path(__file__).parent / "train_process.py"
@@ -126,6 +126,52 @@ def test_a_failed_start_claims_no_folder(tmp_path):
     with pytest.raises(FastexpertsError, match="no sequence to learn from"):
         run(tmp_path, data=data)
     assert list((tmp_path / "run").rglob("*")) == []
+
+
+# A setting of the recipe, none of them TRL's default -> what TRL has to get.
+ASKED = {
+    "training.steps": (7, {"max_steps": 7}),
+    "training.epochs": (2.5, {"num_train_epochs": 2.5, "max_steps": -1}),
+    "training.batch_size": (3, {"per_device_train_batch_size": 3, "per_device_eval_batch_size": 3}),
+    "training.gradient_accumulation": (5, {"gradient_accumulation_steps": 5}),
+    "training.learning_rate": (3e-4, {"learning_rate": 3e-4}),
+    "training.scheduler": ("cosine", {"lr_scheduler_type": "cosine"}),
+    "training.warmup": (0.25, {"warmup_steps": 0.25}),
+    "training.weight_decay": (0.125, {"weight_decay": 0.125}),
+    "training.max_grad_norm": (0.5, {"max_grad_norm": 0.5}),
+    "training.optimizer": ("sgd", {"optim": "sgd"}),
+    "training.seed": (11, {"seed": 11, "data_seed": 11}),
+    "training.router_aux_loss_coef": (0.0625, {"router_aux_loss_coef": 0.0625}),
+    "training.logging_steps": (13, {"logging_steps": 13, "logging_first_step": True}),
+    "training.save_steps": (17, {"save_steps": 17}),
+    "training.eval_steps": (19, {"eval_steps": 19, "eval_strategy": "steps"}),
+    "training.keep_checkpoints": (2, {"save_total_limit": 2}),
+    "training.report_to": ("tensorboard", {"report_to": ["tensorboard"]}),
+    "data.eval_fraction": (0.0, {"eval_strategy": "no", "eval_steps": None}),
+    "data.max_length": (48, {"max_length": 48}),
+    "data.packing": (True, {"packing": True, "packing_strategy": "bfd_split"}),
+    "data.assistant_only_loss": (True, {"assistant_only_loss": True}),
+}
+# Settings that are not TRL's, or that depend on the machine; they have tests of their own.
+NOT_TRL_S = {f"training.{key}" for key in ("method", "precision", "optimize", "checkpoint", "balancing")}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_trl_gets_what_the_recipe_says(tmp_path, name):
+    value, wanted = ASKED[name]
+    content = settings(tmp_path)
+    content["data"]["eval_fraction"] = 0.25
+    del content["training"]["steps"]
+    section, key = name.split(".")
+    content[section][key] = value
+    arguments = sft_config(parse_recipe(content))
+    assert {attribute: getattr(arguments, attribute) for attribute in wanted} == wanted
+
+
+def test_no_training_setting_is_left_out():
+    assert {f"training.{key}" for key in TrainingSettings.model_fields} - NOT_TRL_S == {
+        name for name in ASKED if name.startswith("training.")
+    }
 
 
 def test_precision_on_this_machine(tmp_path):

@@ -72,8 +72,10 @@ def train(
         from fastexperts.train.report import describe_run
 
         written = write_report(result.folder, describe_run(checked, result), "Training run")
+        step, loss = result.losses[-1]
+        done = result.trainer.state.global_step
         typer.echo(
-            f"Loss {result.losses[-1][1]:.4f} after {result.losses[-1][0]} steps; {result.model_folder}\n"
+            f"Loss {loss:.4f} (step {step}) after {done} steps; {result.model_folder}\n"
             f"In {result.folder}: {written}"
         )
     # A process that leaves with its group's threads running aborts now and then (SIGABRT under gloo).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,8 @@ def _load_table(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise _empty(str(path))
     try:
-        return load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
+        # The loader takes patterns, and `[1]` in a name would be one.
+        return load_dataset(LOADERS[path.suffix], data_files=glob.escape(str(path)), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300]
@@ -207,7 +209,9 @@ def _check_messages(dataset: Any, name: str) -> None:
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+    if not (isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message):
+        return False
+    return message["content"] is not None or bool(message.get("tool_calls"))
 
 
 def _empty(source: str) -> FastexpertsError:

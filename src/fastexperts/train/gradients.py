@@ -7,7 +7,8 @@ What must have one follows from the algebra of w + s B A, per expert and per ran
 
 So B is checked in the first step, and A as soon as the optimizer has moved B: in the second step, or later if
 a warm-up starts at a learning rate of zero. Tokens without a label, padding and the last token of each
-document send no gradient back: an expert that got no others is not asked for one.
+document send no gradient back: an expert that got no others is not asked for one. Nor is one in a block whose
+output no gradient reached, such as a vision tower's in a run on texts.
 """
 
 from __future__ import annotations
@@ -53,21 +54,25 @@ class ExpertGradients(TrainerCallback):
 
     Checked per expert, per rank, and for gate and up apart, in the first two optimizer steps (more where no
     token came by); afterwards it does nothing. Raises FastexpertsError before the optimizer steps, also if
-    there is no trainable factor of experts, or one could not be checked within STEPS steps.
+    there is no trainable factor of experts, or one could not be checked within STEPS steps. A step with a
+    gradient that is not finite, which a loss scaler skips, is passed over: clipping zeroes the others.
     """
 
     def __init__(self, say: Callable[[str], object] | None = None) -> None:
         """`say` gets one line when all factors were checked, or the run ended before."""
         self._say = say or (lambda line: None)
+        self._model: Any = None
         self._updates: list[_Update] = []
         self._reached: dict[str, Tensor] = {}
+        self._due: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Find the factors, and watch the experts."""
         self._stop()
-        self._updates, self._steps = list(_updates(model)), 0
+        self._model, self._updates, self._steps = model, list(_updates(model)), 0
+        self._due.clear()
         if not self._updates:
             raise refuse(
                 "ExpertGradients",
@@ -80,10 +85,15 @@ class ExpertGradients(TrainerCallback):
         for name, module in model.named_modules():
             if name in layers:
                 self._handles.append(module.register_forward_hook(self._watch(name), with_kwargs=True))
+                block = model.get_submodule(_block_of(name))
+                self._handles.append(block.register_forward_hook(self._watch_block(name)))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check what can be checked; raise for a gradient that is missing."""
         if not self._handles:
+            return
+        if not _finite(self._model):
+            self._reached.clear()
             return
         self._steps += 1
         for update in self._updates:
@@ -100,9 +110,16 @@ class ExpertGradients(TrainerCallback):
             self._stop()
         elif self._steps >= STEPS:
             self._stop()
+            due = self._unchecked(self._due)
+            if self._due and not due:
+                self._say(
+                    f"Gradients: {self._tensors() - len(left)} LoRA factors of the experts get one ({STEPS} "
+                    f"steps); the other {len(left)} are in blocks that no gradient reached, first {left[0]}."
+                )
+                return
             raise refuse(
                 "ExpertGradients",
-                left[0],
+                (due or left)[0],
                 got=f"no gradient to check in {STEPS} steps",
                 needs="an expert that gets tokens, and for lora_A a lora_B that has moved from zero",
                 way_out=f"Look at the learning rate and the optimizer's parameters. {_SWITCH}",
@@ -123,12 +140,15 @@ class ExpertGradients(TrainerCallback):
             handle.remove()
         self._handles.clear()
         self._reached.clear()
+        self._model = None
 
     def _tensors(self) -> int:
         return sum(factor.requires_grad for update in self._updates for factor in (update.a, update.b))
 
-    def _unchecked(self) -> list[str]:
-        return [name for update in self._updates for name in sorted(update.unchecked)]
+    def _unchecked(self, layers: set[str] | None = None) -> list[str]:
+        """The factors that were not checked, of all experts modules or of these."""
+        updates = [update for update in self._updates if layers is None or update.layer in layers]
+        return [name for update in updates for name in sorted(update.unchecked)]
 
     def _watch(self, name: str) -> Any:
         def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out_TD: Tensor) -> None:
@@ -145,8 +165,17 @@ class ExpertGradients(TrainerCallback):
 
         return watch
 
+    def _watch_block(self, name: str) -> Any:
+        def watch(module: Any, args: tuple[Any, ...], out: Any) -> None:
+            out_TD = out if isinstance(out, Tensor) else out[0]
+            if out_TD.requires_grad:
+                out_TD.register_hook(lambda _: self._due.add(name))
+
+        return watch
+
     def _note(self, name: str, experts: int, index_TK: Tensor, weight_TK: Tensor, dout_TD: Tensor) -> None:
         """Mark the experts whose output got a gradient; nothing is read back to the host."""
+        self._due.add(name)
         reached_E = self._reached.get(name)
         if reached_E is None:
             # One more place takes what does not count.
@@ -155,6 +184,19 @@ class ExpertGradients(TrainerCallback):
         counts_TK = (index_TK >= 0) & (index_TK < experts) & (weight_TK != 0)
         counts_TK = counts_TK & (dout_TD != 0).any(-1, keepdim=True)
         reached_E.index_fill_(0, torch.where(counts_TK, index_TK, experts).reshape(-1), True)
+
+
+def _block_of(experts: str) -> str:
+    """The name of the module that calls the experts, through PEFT's wrappers around them if there are any."""
+    while experts.endswith(".base_layer"):
+        experts = experts.removesuffix(".base_layer")
+    return experts.rpartition(".")[0]
+
+
+def _finite(model: Any) -> bool:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    finite = [gradient.isfinite().all().cpu() for gradient in gradients]
+    return not finite or bool(torch.stack(finite).all())
 
 
 def _updates(model: Any) -> Iterator[_Update]:

@@ -6,6 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.experts import NAME, register
 from fastexperts.train.recipe import ModelSettings
@@ -88,15 +90,18 @@ def load_model(settings: ModelSettings, tokenizer: Any, dtype: Any, seed: int) -
         config = tiny_config(settings.config, settings.overrides, tokenizer)
         try:
             model = AutoModelForCausalLM.from_config(config, **options)
-        except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
-            raise _impossible(settings.config, settings.overrides, error) from error
+        except (ValueError, KeyError, TypeError, RuntimeError, AssertionError, ImportError) as error:
+            raise _no_attention(settings, error) or _impossible(
+                settings.config, settings.overrides, error
+            ) from error
+        _try_out(model, settings)
     else:
         path = str(settings.path)
         try:
             model = AutoModelForCausalLM.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError, ImportError) as error:
             needs = "a folder or hub name with a causal language model"
-            raise _not_loadable("model.path", path, needs, error) from error
+            raise _no_attention(settings, error) or _not_loadable("model.path", path, needs, error) from error
         if getattr(model, "_hf_peft_config_loaded", False):
             raise refuse(
                 "recipe",
@@ -147,6 +152,31 @@ def tiny_config(name: str, overrides: dict[str, Any], tokenizer: Any) -> Any:
         return AutoConfig.for_model(model_type, **(settings | special | overrides))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise _impossible(name, overrides, error) from error
+
+
+def _try_out(model: Any, settings: ModelSettings) -> None:
+    """Refuse overrides that make a model which cannot run, as with a top-k beyond its experts."""
+    if settings.attention.startswith("flash"):
+        return  # on GPUs alone
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long))
+    except RuntimeError as error:
+        raise _impossible(str(settings.config), settings.overrides, error) from error
+
+
+def _no_attention(settings: ModelSettings, error: Exception) -> FastexpertsError | None:
+    """What to say if it is the attention that transformers could not set up."""
+    asked = settings.attention.startswith("flash") and isinstance(error, (ImportError, ValueError))
+    if not (asked and "flash" in str(error).lower()):
+        return None
+    return refuse(
+        "recipe",
+        "model.attention",
+        got=f"{settings.attention!r}, which transformers cannot use ({' '.join(str(error).split())[:300]})",
+        needs="an attention that is installed and that the model has",
+        way_out="Set `model.attention: sdpa`, or install it.",
+    )
 
 
 def _impossible(name: str, overrides: dict[str, Any], error: Exception) -> FastexpertsError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,9 +62,9 @@ PathText = Annotated[str, AfterValidator(_a_file_name)]
 
 
 class Section(BaseModel):
-    """Base of every section: strict types, no unknown keys, no change after validation."""
+    """Base of every section: strict types, finite numbers, no unknown keys, no change after validation."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -180,8 +179,6 @@ class TrainingSettings(Section):
         if self.balancing is not None and self.method != "full":
             way_out = "Remove `balancing`, or set `method: full`."
             raise invalid("`balancing` beside an adapter, which would not save it", "`method: full`", way_out)
-        if not all(math.isfinite(x) for x in (self.warmup, self.epochs or 0.0)):
-            raise invalid("infinity", "finite `warmup` and `epochs`", "Write a plain number.")
         return self
 
 
@@ -324,10 +321,11 @@ def load_recipe(path: str | Path, **changes: Any) -> Recipe:
     if isinstance(settings, dict):
         for dotted, value in changes.items():
             *sections, name = dotted.split(".")
-            target = settings
+            target: Any = settings
             for section in sections:
-                target = target.setdefault(section, {})
-            target[name] = value
+                target = target.setdefault(section, {}) if isinstance(target, dict) else None
+            if isinstance(target, dict):  # the validation says what is wrong with another
+                target[name] = value
     return with_absolute_paths(parse_recipe(settings, where=str(path)), path.parent)
 
 

@@ -84,8 +84,6 @@ def _prepare(
     recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[Any]
 ) -> tuple[Any, Path | None, Console]:
     """The trainer, ready to train, and the checkpoint to start from; the run's folder is claimed last."""
-    from transformers import set_seed
-
     arguments = sft_config(recipe)
     if arguments.process_index != 0:
         console = Console(quiet=True)
@@ -113,7 +111,6 @@ def _prepare(
     if recipe.training.method == "lora":
         adapter, summary = adapter_of(recipe.lora, model)
         console.print(str(summary), highlight=False, soft_wrap=True)
-        set_seed(recipe.training.seed)  # the trainer seeds itself after it has drawn the adapter
     trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks, adapter)
     if adapter is not None and recipe.lora.experts and recipe.lora.check_gradients:
         _check_gradients(trainer, console)
@@ -158,6 +155,7 @@ def make_trainer(
 
     adapter: a `peft.LoraConfig`, if one is trained.
     """
+    from jinja2 import TemplateError
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
@@ -176,17 +174,25 @@ def make_trainer(
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise FastexpertsError(f"train: TRL refuses these settings: {error}") from error
+    except OSError as error:  # it makes the folder
+        raise refuse(
+            "train",
+            "output_dir",
+            got=f"{arguments.output_dir} ({error})",
+            needs="a folder that can be written",
+            way_out="Choose another one.",
+        ) from error
+    except TemplateError as error:
+        raise refuse(
+            "train",
+            "data.messages_column",
+            got=f"messages that the tokenizer's chat template does not take ({error})",
+            needs="messages as this template writes them",
+            way_out="Change them, or name another tokenizer in `model.tokenizer`.",
+        ) from error
     trainer.remove_callback(PrinterCallback)
     for meter in (PerformanceCallback, RoutingHealth):
         meter(say=_sayer(console)).attach(trainer)
-    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
-        raise refuse(
-            "train",
-            "model",
-            got="a model without a trainable parameter",
-            needs="some",
-            way_out="Set `requires_grad` of what is to be trained, or `training.method: lora`.",
-        )
     if len(trainer.train_dataset) == 0:
         raise refuse(
             "train",
@@ -194,6 +200,14 @@ def make_trainer(
             got="no sequence to learn from once tokenized",
             needs="some",
             way_out="Give more text, or a larger `data.max_length`.",
+        )
+    if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+        raise refuse(
+            "train",
+            "model",
+            got="a model without a trainable parameter",
+            needs="some",
+            way_out="Set `requires_grad` of what is to be trained, or `training.method: lora`.",
         )
     return fix_resume(trainer)
 
@@ -227,6 +241,7 @@ def sft_config(recipe: Recipe) -> Any:
         [settings.report_to] if isinstance(settings.report_to, str) else list(settings.report_to)
     )
     _check_installed(reports)
+    _check_optimizer(settings.optimizer)
     return SFTConfig(
         output_dir=recipe.output_dir,
         max_steps=settings.steps or -1,
@@ -293,6 +308,19 @@ def _check_installed(reports: list[str]) -> None:
                 needs="an installed tracker",
                 way_out=f"pip install {name}, or set it to none.",
             )
+
+
+def _check_optimizer(name: str) -> None:
+    from importlib.util import find_spec
+
+    if name.endswith("_8bit") and find_spec("bitsandbytes") is None:
+        raise refuse(
+            "recipe",
+            "training.optimizer",
+            got=f"{name!r}, and bitsandbytes is not installed",
+            needs="bitsandbytes",
+            way_out="pip install bitsandbytes, or choose another optimizer.",
+        )
 
 
 def _check_auxiliary_loss(settings: TrainingSettings, config: Any) -> None:

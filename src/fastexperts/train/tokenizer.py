@@ -10,6 +10,7 @@ END_OF_TEXT, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start
 # loss learns exactly that.
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
+    "{%- if message.content is not string %}{{- raise_exception('content has to be a text') }}{%- endif %}"
     "{{- '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.role == 'assistant' %}"
     "{%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}"
