@@ -338,6 +338,14 @@ def test_what_has_no_place_raises_and_is_named(both_layouts, tmp_path, case):
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"of_a_later_peft": {"rank": 1}}, "of_a_later_peft"),
         ({"peft_type": "IA3"}, "IA3"),
     ],
 )
@@ -347,6 +355,13 @@ def test_settings_that_are_not_plain_lora_are_refused(both_layouts, tmp_path, ch
     (tmp_path / CONFIG).write_text(json.dumps(config_of(folders["peft"]) | change))
     with pytest.raises(FastexpertsError, match=complaint):
         read_adapter(tmp_path, base)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_every_setting_of_a_plain_lora_is_known(tmp_path, start):
+    """Read as it is made: none of PEFT's defaults is taken for something else."""
+    made = Trained(tmp_path, r=4, init_lora_weights=start, target_parameters=None, use_rslora=True)
+    assert made.adapter.rest
 
 
 def test_a_folder_that_has_something_is_left_alone(tmp_path):
