@@ -33,13 +33,12 @@ CONFIG = "adapter_config.json"
 LAYOUTS = ("peft", "per-expert", "qwen3-moe-fused")
 
 EMBEDDING = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
-_SETTINGS = frozenset(
-    # where the updates are, how large, and how they were trained
-    "peft_type task_type peft_version base_model_name_or_path revision auto_mapping inference_mode r lora_alpha "
-    "use_rslora rank_pattern alpha_pattern target_modules target_parameters exclude_modules modules_to_save "
-    "layers_to_transform layers_pattern bias lora_dropout init_lora_weights eva_config megatron_core "
-    "qalora_group_size".split()
-)
+_SETTINGS = frozenset((
+    "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
+    "inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias",
+    "lora_dropout", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size",
+))  # fmt: skip
 """Settings of a plain LoRA; any other that is on, of PEFT today or tomorrow, means another function."""
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Of `init_lora_weights`: PiSSA, OLoRA, CorDA and others change the base's weights too."""
@@ -63,7 +62,7 @@ def read_adapter(folder: str | Path, base: Base) -> Adapter:
     """Read the adapter in `folder`, in any of LAYOUTS, for the architecture `base`.
 
     Every key finds its place or raises: FastexpertsError names a key that the model has no place for, a
-    missing one, a shape or rank that does not fit, and settings of what is not plain LoRA (DoRA, PiSSA, aLoRA, ...).
+    missing one, a shape or rank that does not fit, and settings that are not plain LoRA's (DoRA, PiSSA, ...).
     """
     config, tensors = _load(Path(folder))
     readers: dict[str, Callable[[dict[str, Tensor], Base, dict[str, Any]], dict[str, Lora]]] = {
@@ -159,9 +158,7 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if odd:
         way_out = "Use PEFT's own tools for this adapter."
         if "init_lora_weights" in odd:
-            way_out = (
-                "Save it anew with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
-            )
+            way_out = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         raise refuse(
             "read_adapter",
             "adapter",
