@@ -36,8 +36,8 @@ EMBEDDING = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<
 _SETTINGS = frozenset((
     "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
     "inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-    "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias",
-    "lora_dropout", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size",
+    "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "bias", "lora_dropout", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size",
 ))  # fmt: skip
 """Settings of a plain LoRA; any other that is on, of PEFT today or tomorrow, means another function."""
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")
