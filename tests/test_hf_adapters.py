@@ -1,7 +1,6 @@
 """Adapters in files: each layout against stock PEFT's logits, and back to the same bits."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from support_hf import relative
 
 from fastexperts.errors import FastexpertsError
 from fastexperts.hf.adapters import CONFIG, WEIGHTS, differences, read_adapter
-from fastexperts.hf.checkpoint import new_folder, open_checkpoint
+from fastexperts.hf.checkpoint import open_checkpoint
 
 LAYER = "base_model.model.model.layers.1"
 # r unlike E and above it; r = E; D = 2F, where [D, 2F] of gate and up is square.
@@ -362,16 +361,3 @@ def test_every_setting_of_a_plain_lora_is_known(tmp_path, start):
     """Read as it is made: none of PEFT's defaults is taken for something else."""
     made = Trained(tmp_path, r=4, init_lora_weights=start, target_parameters=None, use_rslora=True)
     assert made.adapter.rest
-
-
-def test_a_folder_that_has_something_is_left_alone(tmp_path):
-    (tmp_path / "kept").write_text("mine")
-    with pytest.raises(FastexpertsError, match="not empty"), new_folder(tmp_path, "export"):
-        pytest.fail("the block ran")
-    assert (tmp_path / "kept").read_text() == "mine"
-
-
-def test_what_fails_midway_leaves_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "new", "export") as partial:
-        shutil.copy(partial / "missing", partial / "half")
-    assert list(tmp_path.iterdir()) == []
