@@ -193,6 +193,15 @@ def test_what_peft_makes_of_rslora_per_expert_is_said(trained, tmp_path):
     assert relative(made.stock(per_expert), made.logits) > 0.05, "PEFT scales it right by now: drop the note"
 
 
+@pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
+def test_what_peft_makes_of_gate_and_up_alone_is_said(trained, tmp_path, targets):
+    made = trained(target_parameters=targets, target_modules=[])
+    per_expert = made.written("per-expert", tmp_path / "per-expert")
+    lost = targets == EXPERTS[:1]
+    assert (made.notes == ("without down, PEFT 0.21 reads gate and up as zeros; give it --to peft",)) == lost
+    assert (relative(made.stock(per_expert), made.logits) > 0.05) == lost, "PEFT reads it by now?"
+
+
 def test_some_layers_and_shared_experts_keep_to_themselves(trained, tmp_path):
     """PEFT takes the module name gate_proj for the experts: shared experts stay parameters."""
     shared = "mlp.shared_experts.gate_proj.weight"
