@@ -185,6 +185,12 @@ def test_lora_of_attention_is_what_pytorch_counts(family, saved):
     assert_counted(get_peft_model(eager(tiny_model(family, "eager")), config), 16)
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], [*ATTENTION["qwen3_moe"], "lm_head"]], ids=["alone", "too"])
+def test_lora_of_the_head_is_what_pytorch_counts(targets):
+    config = LoraConfig(r=4, target_modules=targets)
+    assert_counted(get_peft_model(eager(tiny_model("qwen3_moe", "eager")), config), 16)
+
+
 def test_lora_of_experts_is_counted_for_the_experts_of_a_token():
     """By hand: stock PEFT folds the update into all experts, which is no model FLOP."""
     rank, names = 4, ["gate_up_proj", "down_proj"]
@@ -338,7 +344,19 @@ def test_what_is_not_counted_is_named():
     assert count_flops(tiny_model("qwen3_moe", "eager")).not_counted == ()
 
 
-@pytest.mark.parametrize("family", ["t5", "switch_transformers", "jetmoe", "bert"])
+def test_differential_attention_weighs_two_heads_values():
+    """Scores once for each head, and what a head weighs is twice as wide: arXiv 2410.05258, eq. 1.
+
+    transformers 5.23 computes the scores twice, once for each half of the values.
+    """
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    per_token = count_flops(CONFIG_MAPPING["diffllama"](**sizes)).per_token(LENGTH)
+    assert per_token.attention_scores_full.forward == 2 * 2 * 4 * (8 + 2 * 8) * LENGTH
+
+
+@pytest.mark.parametrize(
+    "family", ["t5", "switch_transformers", "jetmoe", "bert", "gptj", "codegen", "openai-gpt"]
+)
 def test_what_cannot_be_told_is_refused(family):
     config = CONFIG_MAPPING[family](num_hidden_layers=1, num_layers=1)
     with pytest.raises(FastexpertsError, match=r"count_flops: `model` got .*; it needs "):

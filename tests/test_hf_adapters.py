@@ -1,7 +1,6 @@
 """Adapters in files: each layout against stock PEFT's logits, and back to the same bits."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from support_hf import relative
 
 from fastexperts.errors import FastexpertsError
 from fastexperts.hf.adapters import CONFIG, WEIGHTS, differences, read_adapter
-from fastexperts.hf.checkpoint import new_folder, open_checkpoint
+from fastexperts.hf.checkpoint import open_checkpoint
 
 LAYER = "base_model.model.model.layers.1"
 # r unlike E and above it; r = E; D = 2F, where [D, 2F] of gate and up is square.
@@ -194,6 +193,15 @@ def test_what_peft_makes_of_rslora_per_expert_is_said(trained, tmp_path):
     assert relative(made.stock(per_expert), made.logits) > 0.05, "PEFT scales it right by now: drop the note"
 
 
+@pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
+def test_what_peft_makes_of_gate_and_up_alone_is_said(trained, tmp_path, targets):
+    made = trained(target_parameters=targets, target_modules=[])
+    per_expert = made.written("per-expert", tmp_path / "per-expert")
+    lost = targets == EXPERTS[:1]
+    assert (made.notes == ("without down, PEFT 0.21 reads gate and up as zeros; give it --to peft",)) == lost
+    assert (relative(made.stock(per_expert), made.logits) > 0.05) == lost, "PEFT reads it by now?"
+
+
 def test_some_layers_and_shared_experts_keep_to_themselves(trained, tmp_path):
     """PEFT takes the module name gate_proj for the experts: shared experts stay parameters."""
     shared = "mlp.shared_experts.gate_proj.weight"
@@ -338,6 +346,14 @@ def test_what_has_no_place_raises_and_is_named(both_layouts, tmp_path, case):
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"of_a_later_peft": {"rank": 1}}, "of_a_later_peft"),
         ({"peft_type": "IA3"}, "IA3"),
     ],
 )
@@ -349,14 +365,8 @@ def test_settings_that_are_not_plain_lora_are_refused(both_layouts, tmp_path, ch
         read_adapter(tmp_path, base)
 
 
-def test_a_folder_that_has_something_is_left_alone(tmp_path):
-    (tmp_path / "kept").write_text("mine")
-    with pytest.raises(FastexpertsError, match="not empty"), new_folder(tmp_path, "export"):
-        pytest.fail("the block ran")
-    assert (tmp_path / "kept").read_text() == "mine"
-
-
-def test_what_fails_midway_leaves_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "new", "export") as partial:
-        shutil.copy(partial / "missing", partial / "half")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_every_setting_of_a_plain_lora_is_known(tmp_path, start):
+    """Read as it is made: none of PEFT's defaults is taken for something else."""
+    made = Trained(tmp_path, r=4, init_lora_weights=start, target_parameters=None, use_rslora=True)
+    assert made.adapter.rest

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as nnf
-from support_hf import assert_close, layer_inputs, outputs_and_gradients, toy_experts
+from support_hf import assert_close, layer_inputs, outputs_and_gradients, tiny_model, tokens, toy_experts
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.activations import ACT2FN
@@ -363,6 +363,25 @@ def test_the_comparison_runs_once(monkeypatch):
     for _ in range(3):
         module(*layer_inputs(module))
     assert ran == [module]
+
+
+def test_the_comparison_runs_once_for_training_and_once_for_eval(monkeypatch):
+    """Whatever runs in turns: as DPO, evaluation and generation have it, with adapters on and off."""
+    from peft import get_peft_model
+
+    from fastexperts.hf import gate
+
+    ran = []
+    monkeypatch.setattr(gate, "find_activation", lambda module: ran.append(module) or find_activation(module))
+    model = tiny_model("qwen3_moe", "fastexperts", num_hidden_layers=1)
+    model = get_peft_model(model, fastexperts.lora_config(model, r=2, verbose=False))
+    with torch.no_grad():
+        for _ in range(2):
+            for mode in (model.train, model.eval):
+                mode()(tokens())
+                with model.disable_adapter():
+                    model(tokens())
+    assert len(ran) == 2
 
 
 def test_a_copied_or_pickled_module_is_compared_again():

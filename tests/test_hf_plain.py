@@ -48,6 +48,17 @@ def test_a_sharded_weight_that_nothing_gathers_is_refused(mesh):
     assert "call the model" in str(error.value)
 
 
+def test_a_model_made_for_inference_is_refused_with_the_way_out():
+    with torch.inference_mode():
+        model = tiny_model("qwen3_moe", "eager")
+    with pytest.raises(FastexpertsError, match=r"Load the model outside of torch\.inference_mode\(\)"):
+        fastexperts.enable(model, verbose=False)
+    model = tiny_model("qwen3_moe", "eager")
+    with torch.inference_mode():
+        assert fastexperts.enable(model, verbose=False).served
+        assert model(tokens()).logits.isfinite().all()
+
+
 def test_enable_takes_sharded_weights_and_fsdp_gathers_them(mesh):
     model, eager = (tiny_model("qwen3_moe", "eager").train() for _ in range(2))
     for layer in model.model.layers:

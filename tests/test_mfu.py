@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,12 @@ PAD = 0
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("GRID A100-10C", None),
+        ("NVIDIA A100-40C", None),
+        ("NVIDIA A40-48Q", None),
         ("Tesla V100-SXM2-16GB", None),
         ("cpu", None),
     ],
@@ -248,9 +254,37 @@ def test_a_recipe_s_run_has_them(tmp_path, monkeypatch):
     assert performance["perf/tokens_per_s"] > 0
 
 
+def test_ranks_are_summed_or_the_largest_is_taken(monkeypatch):
+    others = {"SUM": [3.0, 4.0], "MAX": [9.0, 1.0]}
+
+    def all_reduce(values, op):
+        how = {torch.distributed.ReduceOp.SUM: "SUM", torch.distributed.ReduceOp.MAX: "MAX"}[op]
+        other = torch.tensor(others[how], dtype=values.dtype)
+        values.copy_(values + other if how == "SUM" else values.maximum(other))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    args = SimpleNamespace(world_size=2, device=torch.device("cpu"))
+    assert mfu._reduce(args, [1.0, 2.0], "SUM") == [4.0, 6.0]
+    assert mfu._reduce(args, [5.0, 2.0], "MAX") == [9.0, 2.0]
+
+
+def test_rates_are_of_all_ranks_work_in_the_slowest_one_s_time(tmp_path, monkeypatch):
+    """As if another rank had trained on as many tokens, in 4 times the time."""
+    factors = {"SUM": 2, "MAX": 4}
+    monkeypatch.setattr(mfu, "_reduce", lambda args, values, how: [factors[how] * each for each in values])
+    model = tiny_model("qwen3_moe", "eager")
+    trainer = trainer_of(tmp_path, model, [Clock(monkeypatch)], max_steps=1)
+    PerformanceCallback(peak_flops=PEAK, say=lambda line: None).attach(trainer)
+    trainer.train()
+    (entry,), seconds = logged(trainer), 4 * 4
+    total, _ = flops_of(model, LENGTHS[:4], "causal")
+    assert entry["perf/tokens_per_s"] == 2 * sum(LENGTHS[:4]) / seconds
+    assert entry["perf/mfu"] == pytest.approx(2 * total / (PEAK * seconds), rel=1e-9)
+
+
 @pytest.mark.slow  # two processes that import transformers
 def test_two_ranks_add_their_tokens(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     script = Path(__file__).parent / "performance_process.py"
     command += [str(script), str(tmp_path)]
     run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)

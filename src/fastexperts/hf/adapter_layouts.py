@@ -261,7 +261,9 @@ def write_parts(experts: Mapping[str, Lora], base: Base, layout: str) -> Written
                 tensors[_adapter_key(name, "A")], tensors[_adapter_key(name, "B")] = a.clone(), b.clone()
                 pattern = name
             targets.append(Target(name, pattern, a.shape[1], lora.scale))
-    return tensors, targets, ()
+    if layout != "per-expert" or not paired or len(paired) < len(experts):
+        return tensors, targets, ()
+    return tensors, targets, ("without down, PEFT 0.21 reads gate and up as zeros; give it --to peft",)
 
 
 def per_expert_name(keys: list[str]) -> str:

@@ -33,7 +33,15 @@ CONFIG = "adapter_config.json"
 LAYOUTS = ("peft", "per-expert", "qwen3-moe-fused")
 
 EMBEDDING = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_embedding_(?P<factor>[AB])$")
-_UNSERVED = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices")
+_SETTINGS = frozenset((
+    "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping",
+    "inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "bias", "lora_dropout", "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size",
+))  # fmt: skip
+"""Settings of a plain LoRA; any other that is on, of PEFT today or tomorrow, means another function."""
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Of `init_lora_weights`: PiSSA, OLoRA, CorDA and others change the base's weights too."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def read_adapter(folder: str | Path, base: Base) -> Adapter:
     """Read the adapter in `folder`, in any of LAYOUTS, for the architecture `base`.
 
     Every key finds its place or raises: FastexpertsError names a key that the model has no place for, a
-    missing one, a shape or rank that does not fit, and settings that cannot be served (DoRA, LoRA biases).
+    missing one, a shape or rank that does not fit, and settings that are not plain LoRA's (DoRA, PiSSA, ...).
     """
     config, tensors = _load(Path(folder))
     readers: dict[str, Callable[[dict[str, Tensor], Base, dict[str, Any]], dict[str, Lora]]] = {
@@ -142,15 +150,21 @@ def _load(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 way_out="Save an adapter_model.bin anew with PEFT; fetch a hub name with `hf download`.",
             )
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    unserved = [name for name in _UNSERVED if config.get(name)]
-    if config.get("peft_type") != "LORA" or unserved:
-        got = f"{unserved[0]}={config[unserved[0]]}" if unserved else f"peft_type={config.get('peft_type')}"
+    odd = [name for name, value in config.items() if value and name not in _SETTINGS]
+    if config.get("init_lora_weights", True) not in _STARTS:
+        odd.append("init_lora_weights")
+    if config.get("peft_type") != "LORA":
+        odd.append("peft_type")
+    if odd:
+        way_out = "Use PEFT's own tools for this adapter."
+        if "init_lora_weights" in odd:
+            way_out = "Save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)."
         raise refuse(
             "read_adapter",
             "adapter",
-            got=f"{folder} with {got}",
+            got=f"{folder} with {odd[0]}={config.get(odd[0])}",
             needs="plain LoRA",
-            way_out="Use PEFT's own tools for this adapter.",
+            way_out=way_out,
         )
     return config, load_file(folder / WEIGHTS)
 

@@ -266,10 +266,12 @@ def write_checkpoint(
 def new_folder(output: str | Path, where: str) -> Iterator[Path]:
     """A folder to fill, which becomes `output` when the block ends well and vanishes when it does not.
 
+    An empty folder that is there, a mount point or one that a link leads to, stays and gets what was filled.
     Raises FastexpertsError if `output` exists and is not an empty folder.
     """
-    output = Path(output).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    output = Path(output).resolve()
+    there = output.exists()
+    if there and (not output.is_dir() or any(output.iterdir())):
         raise refuse(
             where,
             "output",
@@ -278,13 +280,16 @@ def new_folder(output: str | Path, where: str) -> Iterator[Path]:
             way_out="Choose another folder; nothing is overwritten.",
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    partial = (output if there else output.parent) / f".{output.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
         yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+        if there:
+            for path in partial.iterdir():
+                path.rename(output / path.name)
+            partial.rmdir()
+        else:
+            partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

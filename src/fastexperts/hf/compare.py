@@ -48,6 +48,14 @@ def check_same(
     Weights that are not finite prove nothing, and pass.
     """
     like = next(module.parameters())
+    if like.is_inference():
+        raise refuse(
+            type(module).__name__,
+            "forward",
+            got="parameters made under torch.inference_mode(), which no gradient can pass",
+            needs="parameters that can be trained",
+            way_out="Load the model outside of torch.inference_mode(); its forward may run inside.",
+        )
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"):
         x_TD = torch.randn(TOKENS, hidden, generator=generator).to(like)

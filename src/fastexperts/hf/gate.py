@@ -34,7 +34,9 @@ WAY_OUT = "Use experts_implementation='grouped_mm' or 'eager' for this model."
 
 _QUICK_GELU_ALPHA = 1.702
 _USUAL_LIMITS = (7.0, 10.0)
-_ATTRIBUTE = "_fastexperts_checked_gate"
+_OURS = "_fastexperts_"
+_ATTRIBUTES = {True: f"{_OURS}checked_gate", False: f"{_OURS}checked_gate_in_eval"}
+"""Where a module keeps what holds for it in training, and in eval: runs turn from one to the other often."""
 _PLAIN = (int, float, str, type(None), torch.dtype, FunctionType, MethodType)
 
 
@@ -52,9 +54,9 @@ class CheckedGate:
 def activation_of(module: Any) -> Activation:
     """The `Activation` that equals the gate of `module`; raises FastexpertsError if there is none.
 
-    The comparison (1.3 ms on a CPU) runs once per module and is repeated when anything in `_state` has
-    changed. Under torch.compile it runs while tracing, outside the graph, and what the gate reads becomes a
-    guard.
+    The comparison (1.3 ms on a CPU) runs once per module, for training and eval each, and is repeated when
+    anything in `_state` has changed. Under torch.compile it runs while tracing, outside the graph, and what
+    the gate reads becomes a guard.
     """
     if not torch.compiler.is_compiling():
         return checked_gate(module).activation
@@ -67,8 +69,8 @@ def activation_of(module: Any) -> Activation:
 
 def checked_gate(module: Any) -> CheckedGate:
     """The comparison of `module`, from the module if nothing that it depends on has changed."""
-    state = _state(module)
-    checked = module.__dict__.get(_ATTRIBUTE)
+    state, attribute = _state(module), _ATTRIBUTES[module.training]
+    checked = module.__dict__.get(attribute)
     if checked is not None and checked.state == state:
         return checked
     # A thread of its own: no dispatch mode, autocast, saved-tensor hook, default device or inference mode of
@@ -76,7 +78,7 @@ def checked_gate(module: Any) -> CheckedGate:
     with ThreadPoolExecutor(1) as pool:
         activation = pool.submit(find_activation, module).result()
     checked = CheckedGate(activation, state)
-    module.__dict__[_ATTRIBUTE] = checked
+    module.__dict__[attribute] = checked
     return checked
 
 
@@ -103,11 +105,11 @@ def _state(module: Any) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` itself if it is plain, a copy of a container, and the type of anything else."""
+    """`value` itself if it is plain, a copy of a container without what we put in it, else its type."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key != _ATTRIBUTE}
+        return {key: _plain(item) for key, item in value.items() if not str(key).startswith(_OURS)}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return type(value)

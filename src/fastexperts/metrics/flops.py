@@ -174,7 +174,7 @@ def count_flops(model_or_config: Any) -> ModelFlops:
     for state in states(decoder):
         fixed["recurrence"] += _work(state.products, 2 * (first < state.place), state.place)
     if head is not None:
-        fixed["lm_head"] = _head_work(head, first < end)
+        fixed["lm_head"] = _head_work(head, first < end, end)
     met: dict[Span, Work] = {}
     for pair in pairs(decoder):
         backward = 2 * (pair.differentiable and first < pair.place)
@@ -189,9 +189,14 @@ def _work(products: float, backward: float, place: Place) -> Work:
     return Work(flops, flops * backward, flops if 0 <= place.layer < float("inf") else 0.0)
 
 
-def _head_work(head: Any, dx: bool) -> Work:
-    trained = any(parameter.requires_grad for name, parameter in head.named_parameters() if "weight" in name)
-    return _work(head.in_features * head.out_features, dx + trained, Place(float("inf"), 0, 1))
+def _head_work(head: nn.Module, dx: bool, end: Place) -> Work:
+    """The work of an LM head and of adapters on it; `dx`: something before it trains."""
+    work, met = Work(), list(weights(head))
+    updated = any(weight.trained for weight in met if "lora_A" in weight.module)
+    for weight in met:
+        after_trained = dx or (updated and "lora_B" in weight.module)
+        work += _work(weight.products, after_trained + weight.trained, end)
+    return work
 
 
 def _unwrapped(model: Any) -> Any:

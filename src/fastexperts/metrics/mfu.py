@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -44,8 +45,8 @@ PEAK_FLOPS = (
 )
 """Part of a card's name -> its peak, FLOP/s."""
 
-_OTHERS = frozenset(("MIG", "Laptop", "Mobile", "D"))
-"""Words in the name of a part of a card, or of a card that is slower than its namesake."""
+_OTHERS = re.compile(r"MIG|GRID|\d+[ABCQ]|Laptop|Mobile|D|Ti")
+"""Words in the name of a part of a card (a vGPU: A100-10C), or of a card that is not its namesake."""
 _LAYER = "GradientCheckpointingLayer"
 
 
@@ -231,7 +232,7 @@ class PerformanceCallback(TrainerCallback):
 def peak_flops(device_name: str) -> float | None:
     """The peak of a card in dense bf16, FLOP/s, or None where it is not known."""
     words = device_name.replace("-", " ").split()
-    if not _OTHERS.isdisjoint(words):
+    if any(map(_OTHERS.fullmatch, words)):
         return None
     return next((peak for name, peak in PEAK_FLOPS if _has(words, name.split())), None)
 

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastexperts.metrics.places import SCORES, Place, Places, modules_of, unknown
 
@@ -58,6 +59,8 @@ class _Recurrence(NamedTuple):
     """Their product is the number of the state's elements."""
     products: int
     """2 write k v^T and read q; the delta rule reads k before it writes, 3."""
+    name: str = ""
+    """Part of the class's name, where softmax attention can have the attributes too."""
 
 
 _RECURRENCES = (
@@ -65,7 +68,7 @@ _RECURRENCES = (
     _Recurrence(("num_heads", "head_dim", "ssm_state_size"), 2),  # Mamba 2
     _Recurrence(("intermediate_size", "ssm_state_size"), 2),  # Mamba
     _Recurrence(("qkv_dim", "head_dim"), 3),  # Kimi's delta attention: qkv_dim = heads * head_dim
-    _Recurrence(("num_attention_heads", "head_dim", "head_dim"), 2),  # lightning attention
+    _Recurrence(("num_attention_heads", "head_dim", "head_dim"), 2, name="Lightning"),
 )
 
 
@@ -80,6 +83,8 @@ def pairs(decoder: nn.Module) -> Iterator[Pairs]:
         qk_dim = _attribute(name, module, "qk_head_dim", "head_dim", "head_size")
         v_dim = _attribute(name, module, "v_head_dim", "head_dim", "head_size")
         heads = _heads(module, v_dim)
+        if hasattr(module, "lambda_q1"):  # differential attention: a head's weights meet the values of two
+            v_dim *= 2
         for span in _spans(module):
             yield Pairs(span, heads * (qk_dim + v_dim), True, place)
     for name, module in modules.items():
@@ -115,7 +120,7 @@ def check_mixers(decoder: nn.Module) -> None:
     for name, module in decoder.named_modules():
         if not _MIXER.search(type(module).__name__) or is_mixer(module):
             continue
-        if any(isinstance(child, nn.Linear) for child in module.children()):
+        if any(isinstance(child, nn.Linear | Conv1D) for child in module.children()):
             raise unknown(
                 f"{name}, a {type(module).__name__}",
                 "softmax attention, or a linear attention or state space of `mixers._RECURRENCES`",
@@ -130,7 +135,8 @@ def _recurrence(module: Any) -> _Recurrence | None:
     if not _MIXER.search(type(module).__name__) or _is_attention(module):
         return None
     for rule in _RECURRENCES:
-        if all(isinstance(getattr(module, name, None), int) for name in rule.attributes):
+        sizes = [getattr(module, name, None) for name in rule.attributes]
+        if rule.name in type(module).__name__ and all(isinstance(size, int) for size in sizes):
             return rule
     return None
 
