@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 import fastexperts
+from fastexperts.metrics.expert_load import ExpertLoad
 from fastexperts.metrics.flops import Convention, count_flops
 from fastexperts.metrics.mfu import peak_flops
-from fastexperts.metrics.routing_health import ExpertLoad, imbalance
 
 GIB = 1 << 30
 RANK = 16
@@ -142,7 +142,8 @@ def measure(cut: Cut, case: Case, device: str, steps: int, peak: float | None) -
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times, state = step_times(training.step, steps, device)
-    peak = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
+    memory = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
+    load_LE = load.counts().double()
     median = statistics.median(times)
     return {
         "step_ms": median,
@@ -151,10 +152,10 @@ def measure(cut: Cut, case: Case, device: str, steps: int, peak: float | None) -
         "tokens_per_s": 1e3 * cut.tokens / median,
         "mfu_causal": training.mfu(cut.tokens, median, peak, "causal"),
         "mfu_full": training.mfu(cut.tokens, median, peak, "full"),
-        "peak_gib": peak,
+        "peak_gib": memory,
         "kept_gib": kept_gib(training) if device == "cuda" else None,
         "loss": loss,
-        "imbalance": max(imbalance(load.counts())),
+        "imbalance": float((load_LE.amax(1) / load_LE.mean(1)).max()),
         "note": training.note,
         "state": state,
         "parts": _parts(training),
