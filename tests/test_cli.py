@@ -62,6 +62,12 @@ def test_train_then_resume(tmp_path, monkeypatch, capsys):
     assert "step 2/4" not in out
     assert "moved to incomplete-checkpoint-4-1" in out
 
+    reports = {name: (tmp_path / "run" / name).read_bytes() for name in ("report.json", "report.html")}
+    code, out, err = run_cli(monkeypatch, capsys, "train", path, "--resume")
+    assert (code, err) == (0, ""), err
+    assert "the report of the run that was finished already" in out
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in reports} == reports
+
 
 def test_output_and_steps_replace_the_recipe_s(tmp_path, monkeypatch, capsys):
     path = write_recipe(tmp_path, settings(tmp_path, steps=None, epochs=3.0, logging_steps=2))

@@ -71,7 +71,9 @@ def train(
         from fastexperts.train.page import write_report
         from fastexperts.train.report import describe_run
 
-        written = write_report(result.folder, describe_run(checked, result), "Training run")
+        written = "the report of the run that was finished already"
+        if result.steps or not (result.folder / "report.json").exists():
+            written = write_report(result.folder, describe_run(checked, result), "Training run")
         step, loss = result.losses[-1]
         done = result.trainer.state.global_step
         typer.echo(

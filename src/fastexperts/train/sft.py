@@ -34,7 +34,9 @@ class TrainResult:
     trainer: Any
     """TRL's trainer, as `train` left it: model, optimizer, `state.log_history`."""
     routing: RoutingTable
-    """What its routers did, layer by layer."""
+    """What its routers did, layer by layer, in the steps of this process."""
+    steps: int
+    """Optimizer steps of this process: all of the run's, or those since it was resumed."""
     folder: Path
     """The run's folder: `recipe.yaml`, `checkpoint-<step>`, the trained `model`, and with `method: lora` from
     scratch the `base` of the adapter.
@@ -77,7 +79,8 @@ def train(
     if recipe.training.method == "lora":
         for note in _on_first_rank(trainer.args, lambda: _read_back(trainer, folder / MODEL_FOLDER)):
             console.print(note, highlight=False, soft_wrap=True)
-    return TrainResult(trainer, _routing(trainer), folder)
+    before = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    return TrainResult(trainer, _routing(trainer), trainer.state.global_step - before, folder)
 
 
 def _prepare(
