@@ -10,6 +10,7 @@ from support_hf import tiny_model
 from test_mfu import LENGTHS, PEAK, Clock, flops_of, logged, trainer_of
 
 from fastexperts.metrics.mfu import PerformanceCallback
+from fastexperts.train.leave import leave
 
 if __name__ == "__main__":
     model = tiny_model("qwen3_moe", "eager")
@@ -26,3 +27,4 @@ if __name__ == "__main__":
     right = tokens == sum(LENGTHS), flops == pytest.approx(total)
     # One write for the line and its end, or lines of two ranks mix.
     print(f"rank {trainer.args.process_index}: {right[0]} {right[1]}\n", end="", flush=True)
+    leave(trainer)

@@ -15,6 +15,7 @@ from test_mfu import examples, logged, trainer_of
 
 from fastexperts.metrics.routing_health import RoutingHealth
 from fastexperts.train.balancing import LossFreeBalancing
+from fastexperts.train.leave import leave
 
 if __name__ == "__main__":
     model, alone = (tiny_model("deepseek_v3", "eager") for _ in range(2))
@@ -39,3 +40,4 @@ if __name__ == "__main__":
     balanced = bool(torch.allclose(bias_of(model), bias_of(alone), rtol=0, atol=1e-7))
     found = {"health": healthy, "balancing": balanced}
     Path(sys.argv[1], f"rank-{trainer.args.process_index}.json").write_text(json.dumps(found))
+    leave(trainer)

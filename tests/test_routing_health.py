@@ -254,7 +254,7 @@ def test_wrong_settings_are_refused(wrong):
 
 @pytest.mark.slow  # two processes that import transformers
 def test_two_ranks_add_their_tokens(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     script = Path(__file__).parent / "routing_process.py"
     run = subprocess.run(
         [*command, str(script), str(tmp_path)], check=False, capture_output=True, text=True, timeout=300

@@ -6,6 +6,7 @@ import signal
 
 from transformers import TrainerCallback
 
+from fastexperts.train.leave import leave
 from fastexperts.train.recipe import load_recipe
 from fastexperts.train.sft import train
 
@@ -29,4 +30,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     killer = [KillAt(options.kill_at)] if options.kill_at else []
     result = train(load_recipe(options.recipe), resume=options.resume, callbacks=killer)
-    result.trainer.accelerator.end_training()  # as `fastexperts train` does
+    leave(result.trainer)

@@ -64,6 +64,7 @@ def train(
     if steps is not None:
         changes |= {"training.steps": steps, "training.epochs": None}
     checked = load_recipe(recipe, **changes)
+    from fastexperts.train.leave import leave
     from fastexperts.train.sft import train as run
 
     result = run(checked, resume=resume)
@@ -80,8 +81,7 @@ def train(
             f"Loss {loss:.4f} (step {step}) after {done} steps; {result.model_folder}\n"
             f"In {result.folder}: {written}"
         )
-    # A process that leaves with its group's threads running aborts now and then (SIGABRT under gloo).
-    result.trainer.accelerator.end_training()
+    leave(result.trainer)
 
 
 @app.command()
