@@ -14,6 +14,7 @@ from test_benchmarks import ENVIRONMENT, FakeEvent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 pytest.importorskip("transformers")
 
+import attention
 import budget
 import curves
 import cuts
@@ -576,3 +577,15 @@ def test_our_step_is_the_default_s():
         for name, parameter in training.model.named_parameters():
             difference = (parameter.grad - wanted[name].grad).norm()
             assert difference <= 1e-5 * wanted[name].grad.norm(), name
+
+
+def test_attention_kernels_are_called_alike_and_compared():
+    heads = attention.Heads(4, 2, 16, 16)
+    assert heads.flops(1, 2) == 2 * 2 * 4 * 16 * 3  # two products, 2 FLOPs, 4 heads, 16 dims, 1 + 2 keys
+    few = {name: attention.BACKENDS[name] for name in ("math", "cudnn")}
+    running, said = attention.compared(heads, 2, 32, "cpu", torch.float32, few)
+    assert set(running) == {("math", "forward"), ("math", "step")}
+    assert said[0] == "math: out 0e+00, dq 0e+00"
+    assert said[1].startswith("cudnn: ")
+    out, dq, dk, dv = running["math", "step"]()
+    assert [tuple(t.shape) for t in (out, dq, dk, dv)] == [(2, 4, 32, 16)] * 2 + [(2, 2, 32, 16)] * 2
