@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastexperts.hf.inventory import unwrapped
+
 FORWARD, RECOMPUTE, BACKWARD = PHASES = ("forward", "recompute", "backward")
 REST, UNKNOWN = "rest", "not attributed"
 PARTS = (
@@ -205,7 +207,7 @@ def parts_of(modules: dict[str, nn.Module]) -> dict[str, str]:
     """name -> part, of the modules that are one. A module within another of the same part is none; a layer
     always is: its range tells the recomputation of what is in no other part.
     """
-    experts = {_unwrapped(name) for name, module in modules.items() if "is_concatenated" in vars(module)}
+    experts = {unwrapped(name) for name, module in modules.items() if "is_concatenated" in vars(module)}
     blocks = {name.rpartition(".")[0] for name in experts}
     found: dict[str, str] = {}
     for name, module in modules.items():
@@ -247,13 +249,6 @@ def _around(name: str, found: dict[str, str]) -> str | None:
         if name in found:
             return found[name]
     return None
-
-
-def _unwrapped(name: str) -> str:
-    """PEFT keeps what it wraps as `base_layer`; what it does around it is part of it."""
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return name
 
 
 def _rotary_functions(forward: Callable[..., Any]) -> Iterator[tuple[dict[str, Any], str]]:

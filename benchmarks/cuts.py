@@ -95,7 +95,7 @@ _TINY = {
     "num_experts_per_tok": TINY.top_k,
 }
 
-_QWEN3: dict[str, Any] = {
+QWEN3: dict[str, Any] = {
     "hidden_size": 2048,
     "moe_intermediate_size": 768,
     "intermediate_size": 6144,
@@ -119,7 +119,7 @@ CUTS = {
             SHAPES["qwen3-30b"],
             full_layers=48,
             batch=4,
-            settings=_QWEN3 | {"num_hidden_layers": 6},
+            settings=QWEN3 | {"num_hidden_layers": 6},
             tiny_settings={"num_experts": TINY.experts},
         ),
         Cut(
@@ -128,7 +128,7 @@ CUTS = {
             SHAPES["qwen3-30b"],
             full_layers=48,
             batch=2,
-            settings=_QWEN3 | {"num_hidden_layers": 12},
+            settings=QWEN3 | {"num_hidden_layers": 12},
             tiny_settings={"num_experts": TINY.experts},
         ),
         Cut(

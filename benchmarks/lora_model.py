@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from cuts import QWEN3
 from results import environment, write
 from timing import take_turns
 from torch import Tensor, nn
@@ -35,21 +36,7 @@ import fastexperts
 
 PEAK_FLOPS = 989e12  # dense bf16 of one H100 SXM
 GIB = 1 << 30
-GEOMETRY: dict[str, Any] = {
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "intermediate_size": 6144,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-    "use_cache": False,
-}
+GEOMETRY: dict[str, Any] = {**QWEN3, "use_cache": False}
 TARGETS = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

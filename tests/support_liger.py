@@ -52,10 +52,7 @@ class Alive(TorchDispatchMode):
         self.layers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.layers += func in (
-            torch.ops.fastexperts.moe_mlp.default,
-            torch.ops.fastexperts.moe_mlp_again.default,
-        )
+        self.layers += func is torch.ops.fastexperts.moe_mlp.default
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):

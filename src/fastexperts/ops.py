@@ -80,7 +80,7 @@ def moe_mlp(
         _no_forward_mode([*tensors, *extras])
     keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *extras))
     numbers = [*activation.params, *scales]
-    out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h)
+    out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h, False)
     return out_TD
 
 
@@ -118,7 +118,7 @@ def restored(
 
 
 @op("moe_mlp")
-def _moe_mlp(
+def _moe_mlp(  # noqa: PLR0913 - a schema is flat
     x_TD: Tensor,
     ids_TK: Tensor,
     weight_TK: Tensor,
@@ -129,32 +129,11 @@ def _moe_mlp(
     numbers: list[float],
     dtype: torch.dtype,
     keep_h: bool,
+    unread: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
-    return _run(x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h, unread=False)
-
-
-@op("moe_mlp_again")
-def _moe_mlp_again(
-    x_TD: Tensor,
-    ids_TK: Tensor,
-    weight_TK: Tensor,
-    w1_EGD: Tensor,
-    w2_EDF: Tensor,
-    extras: list[Tensor],
-    act: str,
-    numbers: list[float],
-    dtype: torch.dtype,
-    keep_h: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `moe_mlp` gives, but for `out_TD`, which is NaN: where gradient checkpointing computes a layer
-    again whose backward does not read it (hf/unread.py).
+    """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`. unread:
+    `out_TD` is NaN, where gradient checkpointing computes again what no backward reads (hf/unread.py).
     """
-    return _run(x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h, unread=True)
-
-
-def _run(*inputs: Any, unread: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x_TD, ids_TK, weight_TK, w1_EGD, w2_EDF, extras, act, numbers, dtype, keep_h = inputs
     num_experts = w2_EDF.shape[0]
     if settings.check_ids():
         check_ids(ids_TK, num_experts)
@@ -167,10 +146,9 @@ def _run(*inputs: Any, unread: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     return *computed, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
 
 
-@_moe_mlp_again.fake
 @_moe_mlp.fake
 def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    _, w1_EGD, _, extras, _, _, dtype, keep_h = others
+    _, w1_EGD, _, extras, _, _, dtype, keep_h, _ = others
     num_experts, dim_g, _ = w1_EGD.shape
     num_pairs = ids_TK.numel()
     block_m = backend.load(x_TD.device).block_m(x_TD.device, dtype)
@@ -242,7 +220,7 @@ def _(dout_TD: Tensor, primals: list[Tensor], *others: Any) -> list[Tensor]:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, weight_TK, w1_EGD, w2_EDF, extras, *ctx.how, _ = inputs
+    x_TD, _, weight_TK, w1_EGD, w2_EDF, extras, *ctx.how, _, _ = inputs
     _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
@@ -252,7 +230,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
     need_x, _, need_weight, need_w1, need_w2, need_extras, *_ = ctx.needs_input_grad
-    others = (None,) * 4  # how, keep_h
+    others = (None,) * 5  # how, keep_h, unread
     if dout_TD is None:
         return (*(None,) * 5, [None] * (ctx.primals - PRIMALS), *others)
     saved = list(ctx.saved_tensors)  # once: checkpointing recomputes at the first look and refuses a second

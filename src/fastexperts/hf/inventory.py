@@ -125,6 +125,13 @@ def interface_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if in_interface(module)}
 
 
+def unwrapped(name: str) -> str:
+    """The name that an experts module had before PEFT wrapped it, once per adapted parameter."""
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
+
+
 def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The topmost modules that look like routed experts and that transformers cannot switch.
 
@@ -134,7 +141,7 @@ def outside_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     inside = list(interface_modules(model))
     # PEFT wraps an experts module once per adapted parameter: what lies beside the outermost wrapper counts.
-    blocks = {re.sub(r"(\.base_layer)+$", "", name).rpartition(".")[0] for name in inside}
+    blocks = {unwrapped(name).rpartition(".")[0] for name in inside}
     found: list[str] = []
     for name, module in model.named_modules():
         (parent, _, attribute), cls = name.rpartition("."), type(module).__name__

@@ -6,7 +6,6 @@ stays as it is, and the summary says why.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -17,9 +16,9 @@ from torch import nn
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import attention, liger, loss, norms, recompute, rotary, swiglu
 from fastexperts.hf.experts import enable, pretrained_models
+from fastexperts.hf.inventory import unwrapped
 
 CHECKPOINTS = ("auto", *recompute.MODES)
-_WRAPPED = re.compile(r"(\.base_layer)+$")  # PEFT's wrappers of an experts module
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def _merged(part: str, found: list[tuple[str, bool, str]]) -> list[Part]:
     """A row for each outcome, with the names that its modules have in their blocks."""
     outcomes: dict[tuple[bool, str], list[str]] = {}
     for name, on, what in found:
-        outcomes.setdefault((on, what), []).append(_WRAPPED.sub("", name).rpartition(".")[2])
+        outcomes.setdefault((on, what), []).append(unwrapped(name).rpartition(".")[2])
     return [
         Part(part, on, what, len(names), ", ".join(dict.fromkeys(name for name in names if name)))
         for (on, what), names in outcomes.items()

@@ -11,7 +11,6 @@ adds a policy that keeps the outputs of our op and of nothing else.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from fastexperts.hf import liger, unread
-from fastexperts.hf.inventory import Row, interface_modules, row_of
+from fastexperts.hf.inventory import Row, interface_modules, row_of, unwrapped
 from fastexperts.hf.swiglu import PROJECTIONS
 
 MODES = ("off", "keep-experts", "full")
@@ -29,7 +28,6 @@ USABLE = 0.9
 """Of a card's memory: the rest is for the CUDA context, workspaces and fragmentation."""
 
 GIB = 2**30
-_WRAPPED = re.compile(r"(\.base_layer)+$")  # PEFT's wrappers of an experts module
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def estimate(model: Any, tokens: int, where: str, fused: bool) -> Estimate:
     fused: the loss makes no whole logits. Under autocast what is kept counts in its dtype.
     """
     experts = {
-        _WRAPPED.sub("", name): row_of(name, module, served=True)
+        unwrapped(name): row_of(name, module, served=True)
         for name, module in interface_modules(model).items()
     }
     parameters = list(model.parameters())

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from fastexperts.errors import FastexpertsError, refuse
-from fastexperts.hf.inventory import in_interface
+from fastexperts.hf.inventory import in_interface, unwrapped
 
 STEPS = 20
 """Optimizer steps within which each factor has to be checked."""
@@ -188,9 +188,7 @@ class ExpertGradients(TrainerCallback):
 
 def _block_of(experts: str) -> str:
     """The name of the module that calls the experts, through PEFT's wrappers around them if there are any."""
-    while experts.endswith(".base_layer"):
-        experts = experts.removesuffix(".base_layer")
-    return experts.rpartition(".")[0]
+    return unwrapped(experts).rpartition(".")[0]
 
 
 def _finite(model: Any) -> bool:
