@@ -27,7 +27,7 @@ import torch
 from budget import NO_TIME, Budget
 from cuts import Cut
 from results import Case, TrainerRow
-from step import RANK, WARMUP, card_peak, describe, use_optimize, values_of
+from step import WARMUP, card_peak, describe, use_optimize, values_of, with_lora
 from transformers import TrainerCallback
 
 import fastexperts
@@ -94,8 +94,9 @@ def train(cut: Cut, case: Case, steps: int, device: str, peak: float | None) -> 
     from fastexperts.train.tokenizer import byte_tokenizer
 
     model = cut.build(device, case.weights)
+    if case.mode == "lora":  # here, and not by SFTTrainer, which does the same: optimize has to see it
+        model = with_lora(model)
     note, options = SWITCHES[case.backend](model, case, cut.tokens)
-    adapter = fastexperts.lora_config(model, r=RANK, verbose=False) if case.mode == "lora" else None
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
@@ -104,7 +105,6 @@ def train(cut: Cut, case: Case, steps: int, device: str, peak: float | None) -> 
             processing_class=byte_tokenizer(),
             train_dataset=random_dataset(cut, WARMUP + steps),
             callbacks=[clock],
-            peft_config=adapter,
             optimizer_cls_and_kwargs=(NoUpdate, {}),
         )
         PerformanceCallback(peak_flops=peak or NO_PEAK).attach(trainer)

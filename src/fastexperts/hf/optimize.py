@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from fastexperts.errors import FastexpertsError, refuse
-from fastexperts.hf import attention, liger, loss, norms, recompute, rotary, swiglu
+from fastexperts.hf import attention, liger, linear_lora, loss, norms, recompute, rotary, swiglu
 from fastexperts.hf.experts import enable, pretrained_models
 from fastexperts.hf.inventory import unwrapped
 
@@ -48,11 +48,12 @@ class StepSummary:
         """Whether any module runs on `part`."""
         return any(row.on for row in self.of(part))
 
-    def with_row(self, row: Part) -> StepSummary:
-        """The same with `row` in the place of those of its part: where another library does that part."""
-        at = next(i for i, old in enumerate(self.rows) if old.part == row.part)
-        others = [old for old in self.rows if old.part != row.part]
-        return replace(self, rows=(*others[:at], row, *others[at:]))
+    def with_rows(self, *rows: Part) -> StepSummary:
+        """The same with `rows`, all of one part, in the place of that part's: what was done elsewhere."""
+        part = rows[0].part
+        at = next(i for i, old in enumerate(self.rows) if old.part == part)
+        others = [old for old in self.rows if old.part != part]
+        return replace(self, rows=(*others[:at], *rows, *others[at:]))
 
     def __str__(self) -> str:
         table = [("step", "", "modules", "")]
@@ -74,25 +75,35 @@ def _experts(model: nn.Module, where: str) -> list[Part]:
     return _merged("experts", [(row.name, True, label) for row, label in labels.items()])
 
 
+def _put(part: str, finder: ModuleType, model: nn.Module, where: str) -> list[Part]:
+    """Put in a part whose `finder` has candidates, and for each a forward or a refusal."""
+    found: list[tuple[str, bool, str]] = []
+    for name, module in finder.candidates(model).items():
+        try:
+            forward = finder.forward_of(module, where)
+        except FastexpertsError as e:
+            found.append((name, False, str(e)))
+        else:
+            forward.put()
+            found.append((name, True, str(forward)))
+    return _merged(part, found)
+
+
 def _by_liger(part: str, finder: ModuleType) -> Callable[[nn.Module, str], list[Part]]:
-    """How a part is put in whose `finder` has candidates, and for each a forward or a refusal."""
+    """How a part of Liger's kernels is put in."""
 
     def apply(model: nn.Module, where: str) -> list[Part]:
         missing = liger.missing(where)
         if missing:
             return [Part(part, False, missing)]
-        found: list[tuple[str, bool, str]] = []
-        for name, module in finder.candidates(model).items():
-            try:
-                forward = finder.forward_of(module, where)
-            except FastexpertsError as e:
-                found.append((name, False, str(e)))
-            else:
-                forward.put()
-                found.append((name, True, str(forward)))
-        return _merged(part, found) or [Part(part, False, "no such modules")]
+        return _put(part, finder, model, where) or [Part(part, False, "no such modules")]
 
     return apply
+
+
+def _adapters(model: nn.Module, where: str) -> list[Part]:
+    found = _put("adapters", linear_lora, model, where)
+    return found or [Part("adapters", False, linear_lora.NONE_FOUND)]
 
 
 def _attention(model: nn.Module, where: str) -> list[Part]:
@@ -106,6 +117,7 @@ PARTS: dict[str, Callable[[nn.Module, str], list[Part]]] = {
     "norms": _by_liger("norms", norms),
     "rotary": _by_liger("rotary", rotary),
     "shared_experts": _by_liger("shared_experts", swiglu),
+    "adapters": _adapters,
     "loss": _by_liger("loss", loss),
     "attention": _attention,
 }
@@ -123,7 +135,8 @@ def optimize(
     """Put fast parts into the training step of a loaded `model`, and say which, where, and why not elsewhere.
 
     Args:
-        model: a transformers model, or a wrapper of one; before or after PEFT.
+        model: a transformers model, or a wrapper of one; before or after PEFT, whose adapters on linear
+            layers the part `adapters` has to find there.
         parts: {name: False} leaves a part of `PARTS` as it is; all others are on.
         checkpoint: `recompute.MODES`, or "auto": the one that recomputes least and fits the memory by an
             estimate, which is printed; "full" where `tokens` is not given.
@@ -152,8 +165,8 @@ def optimize(
 
 
 def restore(model: nn.Module) -> int:
-    """Give every module of `model` that norms, rotary, shared_experts or loss changed the forward of its
-    class back; returns how many there were. Experts, attention backend and checkpointing stay.
+    """Give every module of `model` that norms, rotary, shared_experts, adapters or loss changed the
+    forward of its class back; returns how many there were. Experts, attention backend and checkpointing stay.
     """
     return liger.restore(model)
 

@@ -152,7 +152,7 @@ def kept_of(layer: Any, experts: dict[str, Row], hidden: int, size: int) -> Kept
         if weight.dim() == 1 and len(weight) == hidden:
             rest += 2 * hidden
         elif isinstance(module, nn.Linear):
-            dense = name.rpartition(".")[2] in PROJECTIONS
+            dense = unwrapped(name).rpartition(".")[2] in PROJECTIONS
             narrows = module.out_features == hidden
             rest += module.in_features if narrows else module.out_features * (1 if dense else 2)
         elif weight.dim() == 2:  # a router: logits, probabilities and their sum, in fp32

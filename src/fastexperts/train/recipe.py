@@ -123,11 +123,12 @@ class DataSettings(Section):
 
 
 class OptimizeSettings(Section):
-    """Parts of the step that Liger's kernels compute on a GPU (hf/optimize.py)."""
+    """Parts of the step (hf/optimize.py): all but `adapters` are Liger's kernels, on a GPU."""
 
     norms: bool = True
     rotary: bool = True
     shared_experts: bool = Field(default=True, description="and other dense MLPs")
+    adapters: bool = Field(default=True, description="LoRA of linear layers")
 
 
 class BalancingSettings(Section):

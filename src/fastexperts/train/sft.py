@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf.checkpoint import new_folder
-from fastexperts.hf.optimize import Part, StepSummary, optimize
+from fastexperts.hf.optimize import PARTS, Part, StepSummary, optimize
 from fastexperts.metrics.routing_health import RoutingHealth, RoutingTable
 from fastexperts.train.adapter import adapter_of, check_saved
 from fastexperts.train.data import check_isolation, load_documents
@@ -108,13 +108,16 @@ def _prepare(
     _check_auxiliary_loss(recipe.training, model.config.get_text_config())
     if recipe.training.method == "lora":
         model.requires_grad_(False)  # as PEFT will, and as the estimate of memory has to count
-    console.print(str(_optimize(recipe, model)), highlight=False, soft_wrap=True)
+    optimized = _optimize(recipe, model)
     callbacks = [*callbacks, *_balancing(recipe.training, model, console)]
     adapter = None
     if recipe.training.method == "lora":
         adapter, summary = adapter_of(recipe.lora, model)
         console.print(str(summary), highlight=False, soft_wrap=True)
     trainer = make_trainer(arguments, model, tokenizer, documents, console, callbacks, adapter)
+    if adapter is not None and recipe.training.optimize.adapters:  # it has made them
+        optimized = optimized.with_rows(*PARTS["adapters"](trainer.model, arguments.device.type))
+    console.print(str(optimized), highlight=False, soft_wrap=True)
     if adapter is not None and recipe.lora.experts and recipe.lora.check_gradients:
         _check_gradients(trainer, console)
     if recipe.data.packing:
@@ -142,7 +145,7 @@ def _optimize(recipe: Recipe, model: Any) -> StepSummary:
             tokens=settings.batch_size * recipe.data.max_length,
             verbose=False,
         )
-    return summary.with_row(Part("loss", True, "TRL's own fused LM head"))
+    return summary.with_rows(Part("loss", True, "TRL's own fused LM head"))
 
 
 def make_trainer(
