@@ -66,8 +66,44 @@ def test_gradients_by_the_bf16_rule(autocast):
         eager = step(_model(dtype), data)
         model = _model(dtype)
         summary = optimize(model, checkpoint="keep-experts", verbose=False)
-        assert {part for part in PARTS if summary.on(part)} == set(PARTS)
+        assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {"adapters"}
         ours = step(model, data)
+    _check_by_the_rule(ours, eager, truth)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16-weights", "autocast"])
+def test_gradients_of_adapters_by_the_bf16_rule(autocast):
+    """As above, of LoRA on attention with factors in fp32; eager's is PEFT's."""
+    peft = pytest.importorskip("peft")
+    data = _batch()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+    def adapted(dtype):
+        config = peft.LoraConfig(r=16, target_modules=targets, init_lora_weights=False)
+        model = peft.get_peft_model(_model(dtype), config)
+        generator = torch.Generator("cuda").manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    drawn = torch.randn(parameter.shape, generator=generator, device="cuda")
+                    parameter.copy_(drawn * parameter.shape[-1] ** -0.5)
+        return model.train()
+
+    truth = step(adapted(torch.float64).double(), data)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        eager = step(adapted(dtype), data)
+        model = adapted(dtype)
+        only = {name: name == "adapters" for name in PARTS}
+        summary = optimize(model, parts=only, checkpoint="off", verbose=False)
+        (row,) = summary.of("adapters")
+        assert (row.on, row.modules) == (True, 2 * 4)
+        ours = step(model, data)
+    assert all(t.dtype == torch.float32 for name, t in ours.items() if "lora_" in name)
+    _check_by_the_rule(ours, eager, truth)
+
+
+def _check_by_the_rule(ours, eager, truth):
     assert ours.keys() == eager.keys() == truth.keys()
     for name, expected in truth.items():
         norm = expected.norm()
@@ -108,7 +144,7 @@ def test_what_is_kept_is_what_the_estimate_tells():
 def test_a_model_that_is_still_on_the_cpu_is_served_for_the_gpu():
     model = _model(torch.bfloat16).cpu()
     summary = optimize(model, tokens=BATCH * LENGTH, verbose=False)
-    assert {part for part in PARTS if summary.on(part)} == set(PARTS)
+    assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {"adapters"}
     assert summary.checkpoint == "off", "a small model"
     on_cpu = {name: tensor.cpu() for name, tensor in _batch().items()}
     assert model.eval()(**{name: tensor[:, :8] for name, tensor in on_cpu.items()}).logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""LoRA of linear layers: PEFT's numbers in every state of its modules, and its own forward where we have none."""
+"""LoRA of linear layers: PEFT's numbers in every state of its modules; its own forward where we have none."""
 
 import copy
 import pickle
@@ -331,10 +331,12 @@ def test_shapes_and_strides(x):
 
 
 @pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN)])
-def test_an_empty_batch(shape):
-    model, theirs = adapted(), adapted()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_batch(shape, dtype):
+    model, theirs = adapted(dtype=dtype), adapted(dtype=dtype)
     put(model)
-    got, wanted = results(model, rows(*shape)), results(theirs, rows(*shape))
+    x = rows(*shape).to(dtype)
+    got, wanted = results(model, x), results(theirs, x)
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert got[name].shape == tensor.shape, name
@@ -503,9 +505,34 @@ def test_under_autocast_fp64_is_peft_s_and_what_mixes_dtypes_raises_as_peft_does
     with pytest.raises(RuntimeError, match="dtype"):
         model(x.float())
     assert forward.to_peft == 2
-    with torch.device("meta"):
-        assert model.to("meta")(x.to("meta")).shape == (7, OUT)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model.to("meta")(x)
     assert forward.to_peft == 3
+    assert model(x.to("meta")).shape == (7, OUT)
+    assert forward.to_peft == 4
+
+
+def test_a_backward_under_autocast_is_that_of_the_forward():
+    model = adapted()
+    put(model)
+    x = rows(7, IN)
+    wanted, y = results(model, x), model(x)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = dict(zip(trained, torch.autograd.grad(y, list(trained.values()), dy), strict=True))
+    assert_close(got, {name: wanted[name] for name in got}, 0)
+
+
+def test_a_weight_of_whole_numbers_is_not_cast():
+    """Under autocast neither is it by PyTorch."""
+    model = adapted()
+    forward = put(model)
+    base = lora_of(model).base_layer
+    base.weight = nn.Parameter(base.weight.detach().to(torch.int8), requires_grad=False)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(RuntimeError):
+        model(rows(7, IN))
+    assert forward.to_peft == 1
 
 
 def test_a_parameter_that_is_more_than_a_tensor_is_peft_s():
@@ -540,7 +567,7 @@ def test_other_modules_are_refused_and_others_hooks_run():
 
     model = adapted()
     lora_of(model).__class__ = Theirs
-    with pytest.raises(FastexpertsError, match=f"a forward of {__name__}"):
+    with pytest.raises(FastexpertsError, match=f"that of another class of {__name__}"):
         linear_lora.forward_of(lora_of(model), DEVICE)
 
     model, seen = adapted(), []

@@ -5,11 +5,11 @@ import torch
 import transformers
 from families import cases, tiny_family
 from support_hf import assert_close, relative, tiny_model, tokens
-from support_liger import run_liger, step
+from support_liger import DEVICE, run_liger, step
 
 import fastexperts
 from fastexperts.errors import FastexpertsError
-from fastexperts.hf import liger, loss, norms, rotary, swiglu
+from fastexperts.hf import liger, linear_lora, loss, norms, recompute, rotary, swiglu
 from fastexperts.hf.optimize import PARTS, Part, optimize, restore
 from fastexperts.metrics.flops import count_flops
 
@@ -29,7 +29,7 @@ def batch(device):
 EXPECTED = {
     "qwen3_moe": {"experts", "norms", "rotary", "loss", "attention"},
     "deepseek_v3": {"experts", "norms", "shared_experts", "loss", "attention"},
-    "glm4_moe": set(PARTS),
+    "glm4_moe": set(PARTS) - {"adapters"},
     "ernie4_5_moe": {"experts", "norms", "shared_experts", "loss", "attention"},
 }
 
@@ -73,12 +73,14 @@ def test_how_many_families_each_part_serves():
 
 @pytest.mark.parametrize("name", PARTS)
 def test_each_part_can_be_left_out(device, name):
+    peft = pytest.importorskip("peft")
     model = tiny_model("glm4_moe", "eager").to(device)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
     summary = optimize(model, parts={name: False}, checkpoint="off", verbose=False)
     assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {name}
     assert summary.of(name) == (Part(name, False, "as asked"),)
     assert (model.config._experts_implementation == "fastexperts") == (name != "experts")
-    changed = {"norms": 9, "rotary": 2, "shared_experts": 2, "loss": 1}
+    changed = {"norms": 9, "rotary": 2, "shared_experts": 2, "adapters": 4, "loss": 1}
     assert restore(model) == sum(count for part, count in changed.items() if part != name)
 
 
@@ -110,10 +112,14 @@ def test_liger_that_is_not_installed(monkeypatch):
 def test_what_another_library_does_stands_in_the_summary():
     summary = optimize(tiny_model("qwen3_moe", "eager"), parts={"loss": False}, verbose=False)
     theirs = Part("loss", True, "TRL's own fused LM head")
-    told = summary.with_row(theirs)
+    told = summary.with_rows(theirs)
     assert told.of("loss") == (theirs,)
     assert [row.part for row in told.rows] == [row.part for row in summary.rows]
     assert "TRL's own fused LM head" in str(told)
+    several = told.with_rows(*(Part("adapters", on, "what") for on in (True, False)))
+    assert [row.on for row in several.of("adapters")] == [True, False]
+    names = [row.part for row in several.rows]
+    assert names == [name for name in [*PARTS, "checkpoint"] for _ in several.of(name)]
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
@@ -163,7 +169,37 @@ def test_before_and_after_an_adapter(device, first):
         model = adapted(model)
         summary = optimize(model, verbose=False)
     assert {"norms", "rotary", "loss"} <= {part for part in PARTS if summary.on(part)}
+    (row,) = summary.of("adapters")
+    if first == "optimize":
+        assert (row.on, row.what) == (False, linear_lora.NONE_FOUND)
+        assert "after get_peft_model" in row.what
+    else:
+        assert (row.on, row.modules, row.names) == (True, 4, "q_proj, o_proj")
     assert_close(step(model, batch(device)), wanted)
+
+
+@pytest.mark.parametrize("mode", recompute.MODES)
+def test_adapters_of_linear_layers_in_each_mode_of_checkpointing(mode):
+    """On any device. Those of shared experts are on parameters in `lora_config`, which PEFT folds in."""
+    peft = pytest.importorskip("peft")
+    results = []
+    for fast in (False, True):
+        model = tiny_model("deepseek_v3", "eager")
+        config = fastexperts.lora_config(model, 3, shared_experts=True, verbose=False)
+        config.init_lora_weights = False
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, config).to(DEVICE).train()
+        if fast:
+            parts = {name: name in ("experts", "adapters") for name in PARTS}
+            summary = optimize(model, parts=parts, checkpoint=mode, verbose=False)
+            assert summary.checkpoint == mode
+            on, off = summary.of("adapters")
+            assert {"q_a_proj", "o_proj"} <= set(on.names.split(", "))
+            assert off.names == "gate_proj, up_proj, down_proj"
+            assert "ParamWrapper: `forward` got that of another class" in off.what
+            assert (on.on, off.on) == (True, False)
+        results.append(step(model, batch(DEVICE)))
+    assert_close(results[1], results[0])
 
 
 def test_a_trainer_sees_the_inputs_and_the_meter_the_same_model(device):

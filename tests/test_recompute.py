@@ -183,6 +183,15 @@ def test_an_adapter_adds_little():
     assert after.fixed < before.fixed, "the base is frozen"
 
 
+def test_an_adapter_on_shared_experts_adds_little():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("glm4_moe", "eager")
+    before = estimate(model, 100, "cpu", fused=True)
+    config = fastexperts.lora_config(model, 2, shared_experts=True, verbose=False)
+    adapted = peft.get_peft_model(model, config).get_base_model()
+    assert estimate(adapted, 100, "cpu", fused=True).layers == before.layers
+
+
 def test_autocast_and_frozen_weights_count():
     model = tiny_model("qwen3_moe", "eager")
     whole = estimate(model, 100, "cpu", fused=True)

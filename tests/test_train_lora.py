@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastexperts.errors import FastexpertsError
 from fastexperts.hf import recompute
+from fastexperts.hf.linear_lora import LoraForward
 from fastexperts.train.adapter import check_saved
 from fastexperts.train.gradients import ExpertGradients
 from fastexperts.train.recipe import load_recipe, parse_recipe
@@ -82,6 +84,17 @@ def test_the_memory_estimate_counts_no_gradient_of_the_base(tmp_path, monkeypatc
     assert base <= told[0].fixed < 2 * base
     assert str(told[0]) in printed
     assert "TRL's own fused LM head" in printed
+
+
+def test_the_adapters_that_the_trainer_makes_are_optimized(tmp_path):
+    result, printed = run(tmp_path / "on", steps=1)
+    served = [m for m in result.trainer.model.modules() if isinstance(vars(m).get("forward"), LoraForward)]
+    assert len(served) == 4 * result.trainer.model.config.num_hidden_layers
+    assert re.search(rf"adapters +on +{len(served)} +q_proj, k_proj, v_proj, o_proj: LoRA", printed)
+    assert printed.count("adapters  ") == 1
+    result, printed = run(tmp_path / "off", steps=1, optimize={"adapters": False})
+    assert not any(isinstance(vars(m).get("forward"), LoraForward) for m in result.trainer.model.modules())
+    assert re.search(r"adapters +off +- +as asked", printed)
 
 
 def test_the_base_beside_the_adapter_is_the_model_that_was_trained_on(tmp_path):

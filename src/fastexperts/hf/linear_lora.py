@@ -61,7 +61,7 @@ def forward_of(module: Any, where: str) -> LoraForward:
     from peft.tuners.lora.layer import Linear
 
     if type(module) is not Linear:
-        got = f"a forward of {type(module).__module__}"
+        got = f"that of another class of {type(module).__module__}"
     elif liger.is_patched(module):
         got = "a forward put on the instance"
     else:
@@ -176,11 +176,10 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         dtype = x_TI.dtype
-        with torch.autocast(x_TI.device.type, enabled=False):
-            bias = None if bias_O is None else bias_O.to(dtype)
-            y_TO = nn.functional.linear(x_TI, weight_OI.to(dtype), bias)
-            xa_TR = x_TI @ a_RI.to(dtype).mT
-            y_TO.addmm_(xa_TR, b_OR.to(dtype).mT, alpha=scale)
+        bias = None if bias_O is None else bias_O.to(dtype)
+        y_TO = nn.functional.linear(x_TI, weight_OI.to(dtype), bias)
+        xa_TR = x_TI @ a_RI.to(dtype).mT
+        y_TO.addmm_(xa_TR, b_OR.to(dtype).mT, alpha=scale)
         _, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad
         x_kept = x_TI if need_weight or need_a else None
         ctx.save_for_backward(x_kept, xa_TR if need_b else None, weight_OI, a_RI, b_OR)
@@ -203,7 +202,7 @@ class _LoraLinear(torch.autograd.Function):
             if need_weight:
                 dweight = _summed(dy_TO, x_TI).to(weight_OI.dtype)
             if need_bias:
-                dbias = dy_TO.sum(0, dtype=accumulator(dtype)).to(ctx.bias_dtype)
+                dbias = dy_TO.sum(0, dtype=ctx.bias_dtype)
             if need_a:
                 da = (_summed(dxa_TR, x_TI) * scale).to(a_RI.dtype)
             if need_b:
