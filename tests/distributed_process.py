@@ -22,8 +22,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import fastexperts
 from fastexperts.errors import FastexpertsError
+from fastexperts.hf import linear_lora
+from fastexperts.hf.optimize import PARTS
 
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = ["q_proj", "o_proj"]
 
 
 def load(checkpoint, sizes, implementation="fastexperts"):
@@ -143,7 +146,9 @@ def with_accelerate(checkpoint, kind, adapters):
     model, ids = load(checkpoint, None), torch.load(Path(checkpoint) / "ids.pt")
     layer = type(model.model.layers[0]).__name__
     if adapters:
-        model = adapted(model)
+        model = adapted(model, ATTENTION)
+        assert all(row.on for row in PARTS["adapters"](model, "cpu"))
+        spy_lora_linear(calls := [])
     accelerator = Accelerator(cpu=True)
     if kind == "fsdp2":
         # accelerate ignores the plugin where there is no accelerator; this is what it sets where there is one
@@ -159,15 +164,26 @@ def with_accelerate(checkpoint, kind, adapters):
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     result = measured(model, ids.chunk(dist.get_world_size())[dist.get_rank()], accelerator.backward)
     result["gradients"] = {name.removeprefix("module."): g for name, g in result["gradients"].items()}
-    return {**result, "sharded": sharded}
+    return {**result, "sharded": sharded, "linear": len(calls) if adapters else 0}
 
 
-def adapted(model):
-    """`model` with LoRA on its experts, the same in every process."""
+def spy_lora_linear(calls):
+    """A number in `calls` for each call of our function of adapted linear layers, in this process."""
+    function = linear_lora.lora_linear
+
+    def counted(*args):
+        calls.append(1)
+        return function(*args)
+
+    linear_lora.lora_linear = counted
+
+
+def adapted(model, modules=()):
+    """`model` with LoRA on its experts and `modules`, the same in every process."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=[], target_parameters=TARGETS, init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=[*modules], target_parameters=TARGETS, init_lora_weights=False)
     return get_peft_model(model, config)
 
 

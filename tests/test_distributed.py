@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from distributed_process import adapted, next_token_loss
+from distributed_process import ATTENTION, adapted, next_token_loss
 from support_hf import TINY, assert_close, relative, tiny_model, tokens
 from support_matrix import cell
 from transformers import AutoModelForCausalLM
@@ -152,11 +152,13 @@ def test_a_model_that_accelerate_prepared(kind, checkpoints, tmp_path):
     path = checkpoints["qwen3_moe"]
     cases = ({"checkpoint": path, "kind": kind, "adapters": adapters} for adapters in (False, True))
     full, lora = run(2, tmp_path, *(("with_accelerate", case) for case in cases))
-    for ranks, model in ((full, reference_model(path)), (lora, adapted(reference_model(path)))):
+    for ranks, model in ((full, reference_model(path)), (lora, adapted(reference_model(path), ATTENTION))):
         assert {rank["sharded"] for rank in ranks} == {kind == "fsdp2"}
         wanted = reference_of(model, torch.load(Path(path) / "ids.pt"))
         assert_ranks_agree_with(wanted, ranks, Mode(2, {"fsdp_size": 2}), layers=FAMILIES["qwen3_moe"])
     assert all("lora" in name for name in lora[0]["gradients"])
+    wrapped = len(ATTENTION) * FAMILIES["qwen3_moe"]
+    assert [rank["linear"] for rank in lora] == [wrapped] * 2, "ours, and not PEFT's"
 
 
 @pytest.mark.slow

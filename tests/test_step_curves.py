@@ -49,7 +49,7 @@ def test_the_curves_are_eager_s(monkeypatch):
 
         model = build("eager")
         summary = optimize(model, checkpoint="keep-experts", verbose=False)
-        assert {part for part in PARTS if summary.on(part)} == set(PARTS)
+        assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {"adapters"}
         if seed == 0:
             reference = build("eager")
             assert_close(step(model, data[0]), step(reference, data[0]))

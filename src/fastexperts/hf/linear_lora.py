@@ -134,7 +134,7 @@ def _product_dtype(x: Tensor, weight: Tensor, *others: Tensor | None) -> torch.d
     if any(type(w) not in (Tensor, nn.Parameter) for w in operands[1:]):
         return None
     dtypes = {operand.dtype for operand in operands}
-    if not dtypes <= set(DTYPES):
+    if not dtypes.issubset(DTYPES):
         return None
     if torch.is_autocast_enabled(kind):
         return None if torch.float64 in dtypes else torch.get_autocast_dtype(kind)
