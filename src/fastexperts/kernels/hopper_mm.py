@@ -119,8 +119,8 @@ def _side_by_side(left, right):
 def _mm_producer(
     a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, R: gl.constexpr,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, KN: gl.constexpr,
-    EPILOGUE: gl.constexpr, ACT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+    EPILOGUE: gl.constexpr, ACT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
     h_s, h_full, h_empty = h_ring
@@ -337,7 +337,8 @@ def _hopper_mm(
     stride_a, N, K, num_rows,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
-    BIAS: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, R: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     EVEN_K: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -367,7 +368,8 @@ def _hopper_mm(
                             staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H, STORE_OUT,
                             STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
             (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
-                            R, TOP_K, GATHER, PARTS, SPREAD, KN, EPILOGUE, ACT, BM, BN, BK, GROUP, STAGES, EVEN_K)),
+                            R, TOP_K, GATHER, PARTS, SPREAD, KN, EPILOGUE, ACT, BM, BN, BK, GROUP, STAGES,
+                            EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
