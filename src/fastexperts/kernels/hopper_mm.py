@@ -224,12 +224,12 @@ def _mm_producer(
             if GATHER:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             slot, phase = advance(slot, phase, STAGES)
+        i_tile, i_next = i_next, handed(claimed, p_schedule, num_m * num_n)
+        hand_over(claims, claim_slot, claim_phase, i_next, WARPS)  # before h: the epilogue comes after it
+        claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         if EPILOGUE == "dact":
             h_slot, h_phase = _load_h(h, row0, n0, 0, H_SLOTS, h_slot, h_phase, h_ring, ACT, BM)
             h_row0, h_n0, h_end = row0, n0, BN // SLICE
-        i_tile, i_next = i_next, handed(claimed, p_schedule, num_m * num_n)
-        hand_over(claims, claim_slot, claim_phase, i_next, WARPS)
-        claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         i_e, row0, end, i_n = following
     if EPILOGUE == "dact":
         _load_h(h, h_row0, h_n0, H_SLOTS, h_end, h_slot, h_phase, h_ring, ACT, BM)
