@@ -122,51 +122,6 @@ def _side_by_side(left, right):
 
 
 @gluon.jit
-def _fill(
-    a, w, p_a, o_k, i_e, row0, n0, k_begin, k_end, K, slot, phase, ring, GATHER: gl.constexpr,
-    PARTS: gl.constexpr, KN: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, EVEN_K: gl.constexpr,
-):  # fmt: skip
-    """Steps [k_begin, k_end) of a block's contraction, a slot each; the next slot and its phase."""
-    a_s, w_s, full, empty = ring
-    BYTES: gl.constexpr = (BN if GATHER else BM + BN) * BK * 2
-    for k0 in range(k_begin, k_end, BK):
-        mbarrier.wait(empty.index(slot), phase)
-        bar = full.index(slot)
-        mbarrier.expect(bar, BYTES)
-        _load_w(w, i_e, k0, n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
-        if GATHER:
-            if EVEN_K:
-                async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0)
-            else:
-                m_k = gl.expand_dims(o_k < K - k0, 0)
-                async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_k)
-            async_copy.mbarrier_arrive(bar, increment_count=False)
-        else:
-            tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.index(slot))
-        slot, phase = advance(slot, phase, STAGES)
-    return slot, phase
-
-
-@gluon.jit
-def _load_h(
-    h, row0, n0, j_begin, j_end, slot, phase, h_ring, ACT: gl.constexpr, BM: gl.constexpr
-):  # fmt: skip
-    """Slices [j_begin, j_end) of a block's h, SLICE columns of both parts a slot; the next slot and phase."""
-    h_s, h_full, h_empty = h_ring
-    PARTS: gl.constexpr = 2 if ACT.gated else 1
-    for j in range(j_begin, j_end):
-        mbarrier.wait(h_empty.index(slot), phase)
-        bar = h_full.index(slot)
-        mbarrier.expect(bar, PARTS * BM * SLICE * 2)
-        for part in gl.static_range(PARTS):
-            where, column = _part_of_h(n0 + j * SLICE, part, ACT)
-            tma.async_copy_global_to_shared(h, [row0, where, column], bar, h_s.index(2 * slot + part))
-        slot, phase = advance(slot, phase, H_SLOTS)
-    return slot, phase
-
-
-@gluon.jit
 def _mm_producer(
     a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, claims, stride_a, N, K, R: gl.constexpr,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, KN: gl.constexpr,
@@ -174,7 +129,9 @@ def _mm_producer(
     GROUP: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
+    h_s, h_full, h_empty = h_ring
     WARPS: gl.constexpr = 4 if GATHER else 1
+    BYTES: gl.constexpr = (BN if GATHER else BM + BN) * BK * 2
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     BN_OUT: gl.constexpr = BN // (PARTS * SPREAD)
     num_n = gl.cdiv(N, BN_OUT)
@@ -182,17 +139,14 @@ def _mm_producer(
     slot, phase = 0, 1
     h_slot, h_phase = 0, 1
     claim_slot, claim_phase = 0, 1
-    h_row0, h_n0, h_end = 0, 0, 0  # what is left of the h of the block before
     i_tile, i_next = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
     i_e, row0, end, i_n = _mm_block(p_schedule, i_tile, num_m, num_n, GROUP)
-    o_k, pair = 0, 0
     if GATHER:
         o_k = gl.arange(0, BK, gl.SliceLayout(0, ROWS))
         o_m = gl.arange(0, BM, gl.SliceLayout(1, ROWS))
         pair = gl.load(p_pair_of_row + row0 + o_m, mask=row0 + o_m < end, other=0)
     while i_tile < num_m * num_n:
         n0 = i_n * BN_OUT
-        p_a = a
         if GATHER:
             p_a = a + ((pair // TOP_K).to(gl.int64) * stride_a)[:, None] + o_k[None, :]
         # the next block, its pairs, and the number of the one behind it travel while this one is copied
@@ -202,19 +156,21 @@ def _mm_producer(
             pair = gl.load(
                 p_pair_of_row + following[1] + o_m, mask=following[1] + o_m < following[2], other=0
             )
-        k_begin = 0
-        if EPILOGUE == "dact":
-            # as much of this block as the ring holds, before anything waits for the last one's epilogue
-            k_begin = gl.minimum(gl.cdiv(K, BK), STAGES) * BK
-            slot, phase = _fill(
-                a, w, p_a, o_k, i_e, row0, SPREAD * n0, 0, k_begin, K, slot, phase, ring, GATHER, PARTS, KN, BM, BN, BK,
-                STAGES, EVEN_K,
-            )  # fmt: skip
-            h_slot, h_phase = _load_h(h, h_row0, h_n0, H_SLOTS, h_end, h_slot, h_phase, h_ring, ACT, BM)
-        slot, phase = _fill(
-            a, w, p_a, o_k, i_e, row0, SPREAD * n0, k_begin, K, K, slot, phase, ring, GATHER, PARTS, KN, BM, BN,
-            BK, STAGES, EVEN_K,
-        )  # fmt: skip
+        for k0 in range(0, K, BK):
+            mbarrier.wait(empty.index(slot), phase)
+            bar = full.index(slot)
+            mbarrier.expect(bar, BYTES)
+            _load_w(w, i_e, k0, SPREAD * n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
+            if GATHER:
+                if EVEN_K:
+                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0)
+                else:
+                    m_k = gl.expand_dims(o_k < K - k0, 0)
+                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_k)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            else:
+                tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.index(slot))
+            slot, phase = advance(slot, phase, STAGES)
         for r0 in gl.static_range(0, R, BK):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
@@ -225,14 +181,20 @@ def _mm_producer(
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             slot, phase = advance(slot, phase, STAGES)
         i_tile, i_next = i_next, handed(claimed, p_schedule, num_m * num_n)
-        hand_over(claims, claim_slot, claim_phase, i_next, WARPS)  # before h: the epilogue comes after it
+        hand_over(claims, claim_slot, claim_phase, i_next, WARPS)  # before h, which waits for the epilogue
         claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         if EPILOGUE == "dact":
-            h_slot, h_phase = _load_h(h, row0, n0, 0, H_SLOTS, h_slot, h_phase, h_ring, ACT, BM)
-            h_row0, h_n0, h_end = row0, n0, BN // SLICE
+            # h follows through slots of its own, SLICE columns of both parts each
+            for j in gl.static_range(BN // SLICE):
+                mbarrier.wait(h_empty.index(h_slot), h_phase)
+                h_bar = h_full.index(h_slot)
+                mbarrier.expect(h_bar, (2 if ACT.gated else 1) * BM * SLICE * 2)
+                for part in gl.static_range(2 if ACT.gated else 1):
+                    h_part = h_s.index(2 * h_slot + part)
+                    where, column = _part_of_h(n0 + j * SLICE, part, ACT)
+                    tma.async_copy_global_to_shared(h, [row0, where, column], h_bar, h_part)
+                h_slot, h_phase = advance(h_slot, h_phase, H_SLOTS)
         i_e, row0, end, i_n = following
-    if EPILOGUE == "dact":
-        _load_h(h, h_row0, h_n0, H_SLOTS, h_end, h_slot, h_phase, h_ring, ACT, BM)
 
 
 @gluon.jit
@@ -419,14 +381,14 @@ def _hopper_mm(
     gl.warp_specialize(
         [
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring,
-                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H, STORE_OUT,
-                            STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
+                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H,
+                            STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
             (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring,
-                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H, STORE_OUT,
-                            STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
-            (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, claims, stride_a, N, K,
-                            R, TOP_K, GATHER, PARTS, SPREAD, KN, EPILOGUE, ACT, BM, BN, BK, GROUP, STAGES,
-                            EVEN_K)),
+                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H,
+                            STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
+            (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, claims,
+                            stride_a, N, K, R, TOP_K, GATHER, PARTS, SPREAD, KN, EPILOGUE, ACT, BM, BN, BK, GROUP,
+                            STAGES, EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
