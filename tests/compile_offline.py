@@ -36,7 +36,7 @@ def launch_every_pass(
     """
     act = ACTIVATIONS[name]
     if stored:
-        act = replace(act, interleaved=True)
+        act = replace(act, interleaved=name == "gpt_oss")
     ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64)
     routing = kernels.route(ids, EXPERTS, block_m)
     x = torch.zeros(TOKENS, DIM_D, dtype=dtype)

@@ -133,6 +133,28 @@ def test_sync_debug_mode_would_have_told():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 3, 1000, 40_000])
+def test_blocks_are_claimed_once_and_the_counter_is_set_back(tokens):
+    """Fewer blocks than programs, about as many, and many more, in each pass in turn on one routing."""
+    kernels = pytest.importorskip("fastexperts.kernels")
+    shape, dtype, act = SMALL, torch.bfloat16, ACTIVATIONS["swiglu"]
+    inputs = build(shape, tokens, "skewed", dtype)
+    routing = kernels.route(inputs.ids, shape.experts, kernels.block_m(inputs.x.device, dtype))
+    first = None
+    for _ in range(3):
+        h, a = kernels.up(inputs.x, inputs.w1, None, routing, act, True)
+        y = kernels.down(a, inputs.w2, None, routing)
+        every = (True, True, True)
+        dh, wa, _ = kernels.dh(inputs.dout, inputs.w2, h, inputs.weight, routing, act, every)
+        dx = kernels.dx(dh, inputs.w1, routing)
+        dw1 = kernels.dw(dh, inputs.x, routing, inputs.w1, tokens="right")
+        dw2 = kernels.dw(inputs.dout, wa, routing, inputs.w2, tokens="left")
+        assert routing.schedule_S3[0, 2].item() == 0
+        results = (h, a, y, dh, wa, dx, dw1, dw2)
+        first = first or [t.clone() for t in results]
+        assert all(torch.equal(t, other) for t, other in zip(results, first, strict=True))
+
+
 def test_twenty_runs_are_bitwise_equal():
     inputs = build(shapes.SHAPES["qwen3-30b"], 4096, "skewed")
     first = ours(inputs)

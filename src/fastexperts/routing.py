@@ -31,7 +31,8 @@ class Routing:
     offsets_E1: rows [offsets[e], offsets[e+1]) belong to expert e; offsets[0] = 0, not decreasing.
     schedule_S3: entry 0 is (live tiles, block_m, 0); entry 1 + i is (expert, first row, end of the expert's
         rows) of tile i. A tile covers up to block_m rows and never crosses into the next expert; entries
-        behind the live ones are undefined.
+        behind the live ones are undefined. The 0 counts the blocks that a launch has claimed while it runs
+        (kernels/ring.py), and is 0 again after it.
     """
 
     row_of_pair_P: Tensor

@@ -164,7 +164,7 @@ def dw(
         gather_left = tokens == "left"
         plan = _gathering_plan(left, right, out_EMN, top_k=routing.top_k, gather_left=gather_left)
         if plan:
-            maps = (routing.pair_of_row_P, routing.offsets_E1)
+            maps = (routing.pair_of_row_P, routing.offsets_E1, routing.schedule_S3)
             plan((plan.programs(),), (left, right, out_EMN, *maps))
             return out_EMN
         # a gather along the contraction costs these kernels more than a gather before it (docs/log.md)

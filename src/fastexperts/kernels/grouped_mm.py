@@ -91,7 +91,7 @@ def _grouped_mm(
     stride_a, stride_we, stride_wc, stride_wn, stride_wk, N, K, num_rows,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, KN: tl.constexpr, EPILOGUE: tl.constexpr,
     STORE_H: tl.constexpr, STORE_OUT: tl.constexpr, STORE_DWEIGHT: tl.constexpr, ACT: tl.constexpr,
-    BIAS: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, V_RN: tl.constexpr,
+    BIAS: tl.constexpr, SPREAD: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, V_RN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     FLATTEN: tl.constexpr, SUBTILES: tl.constexpr, A_TMA: tl.constexpr, W_TMA: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -104,7 +104,6 @@ def _grouped_mm(
     """
     # gate and up of a block: two parts of W, or one part twice as wide
     PARTS: tl.constexpr = 2 if EPILOGUE == "act" and ACT.gated and not ACT.interleaved else 1
-    SPREAD: tl.constexpr = 2 if EPILOGUE == "act" and ACT.interleaved else 1
     WIDTH: tl.constexpr = 2 if ACT.gated else 1
     num_n = tl.cdiv(N, BN)
     num_m = tl.load(p_schedule)
@@ -220,20 +219,16 @@ def _plan(
     options = dict(
         TOP_K=top_k, GATHER=gather, KN=kn, EPILOGUE={"up": "act", "dh": "dact"}.get(name, "none"),
         STORE_H=(h_PG if name == "up" else dh_PG) is not None, STORE_OUT=out_PN is not None,
-        STORE_DWEIGHT=store_dweight, ACT=activation or RELU2,
+        STORE_DWEIGHT=store_dweight, ACT=activation or RELU2, BIAS=bias_EN is not None, SPREAD=spread,
     )  # fmt: skip
     more = None
     if more_rows_PR is not None and more_w is not None:
         more_EC__ = more_w.unflatten(1, (parts, -1)) if parts > 1 else more_w[:, None]
         more = Step(more_rows_PR, more_EC__)
-    # the ring's epilogues know neither biases nor alternating columns, and it was run with W as stored by
-    # most models alone
-    usual = bias_EN is None and not (activation and activation.interleaved) and kn == (name in ("dh", "dx"))
-    if (
-        usual
-        and name != "shrink"
-        and hopper_mm.serves(a, w_EC__, out_PN, h_PG, dh_PG, more, kn=kn, gather=gather)
-    ):
+    part_n = 2 * dim_n if activation is not None and activation.interleaved else dim_n
+    turned = more is not None and kn != (name in ("dh", "dx"))  # an update that is not stored as W is
+    ours = not turned and name != "shrink"
+    if ours and hopper_mm.serves(a, w_EC__, out_PN, h_PG, dh_PG, more, part_n, gather=gather):
         return hopper_mm.plan(name, a, w_EC__, out_PN, h_PG, dh_PG, more, dim_k, dim_n, options)
     tile = tiles.tile(a.device, a.dtype, name)
     if name == "shrink":
@@ -251,7 +246,7 @@ def _plan(
         (a_view, w_view, *(None,) * 10),
         (a.stride(0), stride_e, stride_c, stride_n, stride_k, dim_n, dim_k),
         dict(
-            options, BIAS=bias_EN is not None, R=rank, BR=min(64, triton.next_power_of_2(max(16, rank))),
+            options, R=rank, BR=min(64, triton.next_power_of_2(max(16, rank))),
             V_RN=name in ("dh", "dx"),
             BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten,
             SUBTILES=tile.subtiles, A_TMA=a_view is not None, W_TMA=w_view is not None,
@@ -303,7 +298,7 @@ def _launch(
     )  # fmt: skip
     # the schedule stands in for what is not asked for
     every = (*operands, partial_NP, *extra, pair_of_row_P, schedule_S3, bias_EN)
-    tensors = tuple(schedule_S3 if t is None else t for t in every)[: len(plan.views)]  # the ring has no bias
+    tensors = tuple(schedule_S3 if t is None else t for t in every)
     plan((plan.programs(len(schedule_S3) - 1),), tensors, rows)
 
 

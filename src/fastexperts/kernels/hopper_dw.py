@@ -26,6 +26,7 @@ from fastexperts.kernels.ring import (
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
+    CLAIM_SLOTS,
     CONSUMER_WARPS,
     CONSUMERS,
     REGISTERS,
@@ -33,14 +34,19 @@ from fastexperts.kernels.ring import (
     available,
     barriers,
     before,
+    claim,
     columns,
     described,
     gatherable,
+    hand_over,
+    handed,
+    make_claims,
     put,
     ragged,
     rows,
     swizzle,
     swizzled,
+    take_over,
 )
 
 
@@ -66,7 +72,7 @@ def _dw_block(
 
 @gluon.jit
 def _dw_producer(
-    a, b, p_pair_of_row, p_offsets, ring, stride, num_experts, parts, M, N,
+    a, b, p_pair_of_row, p_offsets, p_schedule, ring, claims, stride, num_experts, parts, M, N,
     TOP_K: gl.constexpr, GATHER_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -75,8 +81,12 @@ def _dw_producer(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     BYTES: gl.constexpr = (BN if GATHER_A else BM) * BK * 2
     num_m, num_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
+    blocks = num_experts * parts * num_m * num_n
     slot, phase = 0, 1
-    for i_tile in range(gl.program_id(0), num_experts * parts * num_m * num_n, gl.num_programs(0)):
+    claim_slot, claim_phase = 0, 1
+    i_tile, i_next = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
+    while i_tile < blocks:
+        claimed = claim(p_schedule, 4)
         _, start, end, part, m0, n0 = _dw_block(
             p_offsets, i_tile, num_experts, parts, num_m, num_n, BM, BN, GROUP
         )
@@ -110,11 +120,14 @@ def _dw_producer(
                 tma.async_copy_global_to_shared(b, [r0, r1, r2, n0], bar, b_s.index(slot))
             async_copy.mbarrier_arrive(bar, increment_count=False)
             slot, phase = advance(slot, phase, STAGES)
+        i_tile, i_next = i_next, handed(claimed, p_schedule, blocks)
+        hand_over(claims, claim_slot, claim_phase, i_next, 4)
+        claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
 
 
 @gluon.jit
 def _dw_consumer(
-    out, p_offsets, ring, staging, num_experts, parts, M, N, BM: gl.constexpr, BN: gl.constexpr,
+    out, p_offsets, ring, claims, staging, num_experts, parts, M, N, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     a_s, b_s, full, empty = ring
@@ -122,10 +135,12 @@ def _dw_consumer(
     WIDTH: gl.constexpr = 1024 // out.dtype.primitive_bitwidth
     num_m, num_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
     slot, phase = 0, 0
+    claim_slot, claim_phase = 0, 0
+    i_tile, i_next = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
     i_e, start, end, part, m0, n0 = _dw_block(
-        p_offsets, gl.program_id(0), num_experts, parts, num_m, num_n, BM, BN, GROUP
+        p_offsets, i_tile, num_experts, parts, num_m, num_n, BM, BN, GROUP
     )
-    for i_tile in range(gl.program_id(0), num_experts * parts * num_m * num_n, gl.num_programs(0)):
+    while i_tile < num_experts * parts * num_m * num_n:
         acc = gl.zeros([BM // CONSUMERS, BN], gl.float32, MMA)
         for row0 in range(start, end, BK):
             mbarrier.wait(full.index(slot), phase)
@@ -135,9 +150,9 @@ def _dw_consumer(
             mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=row0 > start)
             slot, phase = advance(slot, phase, STAGES)
         # the next block is looked up while the last product runs
-        following = _dw_block(
-            p_offsets, i_tile + gl.num_programs(0), num_experts, parts, num_m, num_n, BM, BN, GROUP
-        )
+        following = _dw_block(p_offsets, i_next, num_experts, parts, num_m, num_n, BM, BN, GROUP)
+        i_tile, i_next = i_next, take_over(claims, claim_slot, claim_phase)
+        claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=start < end)
         for j in gl.static_range(BN // WIDTH):
@@ -156,6 +171,7 @@ def _hopper_dw(
     out,  # descriptor (E, C, M, N)
     p_pair_of_row,  # [P]
     p_offsets,  # [E + 1]
+    p_schedule,  # [S, 3]: the counter of claims alone
     stride, num_experts, parts, M, N,
     TOP_K: gl.constexpr, GATHER_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
@@ -169,16 +185,17 @@ def _hopper_dw(
     b_s = gl.allocate_shared_memory(DTYPE, [STAGES, BK, BN], LAYOUT)
     staging = gl.allocate_shared_memory(out.dtype, [CONSUMERS * BUFFERS, BM // CONSUMERS, WIDTH], OUT_LAYOUT)
     full, empty = barriers(STAGES, 129)  # the producer's threads, and the copy engine's bytes
+    claims = make_claims()
     fence_async_shared()
     ring = (a_s, b_s, full, empty)
     gl.warp_specialize(
         [
-            (_dw_consumer, (out, p_offsets, ring, staging, num_experts, parts, M, N,
+            (_dw_consumer, (out, p_offsets, ring, claims, staging, num_experts, parts, M, N,
                             BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
-            (_dw_consumer, (out, p_offsets, ring, staging, num_experts, parts, M, N,
+            (_dw_consumer, (out, p_offsets, ring, claims, staging, num_experts, parts, M, N,
                             BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
-            (_dw_producer, (a, b, p_pair_of_row, p_offsets, ring, stride, num_experts, parts, M, N,
-                            TOP_K, GATHER_A, BM, BN, BK, GROUP, STAGES)),
+            (_dw_producer, (a, b, p_pair_of_row, p_offsets, p_schedule, ring, claims, stride, num_experts,
+                            parts, M, N, TOP_K, GATHER_A, BM, BN, BK, GROUP, STAGES)),
         ],
         [4, 4],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
@@ -202,6 +219,7 @@ def plan(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, top_k: int, *, gather
             None if gather_m else ragged(rows_M, [BLOCK_K, half]),
             ragged(rows_N, [BLOCK_K, BLOCK_N]) if gather_m else None,
             described(out_ECMN, [1, 1, half, width]),
+            None,
             None,
             None,
         ),

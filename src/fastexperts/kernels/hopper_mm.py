@@ -30,6 +30,7 @@ from fastexperts.kernels.ring import (
     BLOCK_K,
     BLOCK_M,
     BLOCK_N,
+    CLAIM_SLOTS,
     CONSUMER_WARPS,
     CONSUMERS,
     REGISTERS,
@@ -38,14 +39,19 @@ from fastexperts.kernels.ring import (
     available,
     barriers,
     before,
+    claim,
     columns,
     described,
     gatherable,
+    hand_over,
+    handed,
+    make_claims,
     put,
     ragged,
     rows,
     swizzle,
     swizzled,
+    take_over,
 )
 from fastexperts.weights import Step
 
@@ -69,41 +75,83 @@ def _load_w(
     w, i_e, k0, n0, bar, w_s, BN: gl.constexpr, BK: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr
 ):
     """Block [BK, BN] of an expert's weight; with two PARTS the same BN / 2 columns of both."""
-    if KN:
-        tma.async_copy_global_to_shared(w, [i_e, 0, k0, n0], bar, w_s)
-    else:
-        for part in gl.static_range(PARTS):
+    for part in gl.static_range(PARTS):
+        if KN:
+            half = w_s.slice(part * (BN // PARTS), BN // PARTS, dim=1)
+            tma.async_copy_global_to_shared(w, [i_e, part, k0, n0], bar, half)
+        else:
             half = w_s.slice(part * (BN // PARTS), BN // PARTS)
             tma.async_copy_global_to_shared(w, [i_e, part, n0, k0], bar, half)
 
 
 @gluon.jit
+def _part_of_h(n, part: gl.constexpr, ACT: gl.constexpr):
+    """(part, column) of h of the SLICE columns that go with columns n of a: gate's or up's, or where they
+    alternate the first or the second half of both.
+    """
+    if ACT.interleaved:
+        return 0, 2 * n + part * SLICE
+    else:
+        return part, n
+
+
+@gluon.jit
+def _biased(block, p_bias, live):
+    """`block` and a bias for each of its columns, of which `live` or more are there."""
+    REGS: gl.constexpr = block.type.layout
+    o_n = gl.arange(0, block.shape[1], gl.SliceLayout(0, REGS))
+    return block + gl.expand_dims(gl.load(p_bias + o_n, mask=o_n < live, other=0.0).to(gl.float32), 0)
+
+
+@gluon.jit
+def _split(block):
+    """(g, u) of a block whose columns alternate; in registers."""
+    return block.reshape([block.shape[0], block.shape[1] // 2, 2]).split()
+
+
+@gluon.jit
+def _alternate(g, u):
+    """The inverse of `_split`."""
+    return gl.join(g, u).reshape([g.shape[0], 2 * g.shape[1]])
+
+
+@gluon.jit
+def _side_by_side(left, right):
+    """The inverse of two `columns`."""
+    return gl.join(left, right).permute((0, 2, 1)).reshape([left.shape[0], 2 * left.shape[1]])
+
+
+@gluon.jit
 def _mm_producer(
-    a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K, R: gl.constexpr,
-    TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
-    ACT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+    a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, claims, stride_a, N, K, R: gl.constexpr,
+    TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, KN: gl.constexpr,
+    EPILOGUE: gl.constexpr, ACT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    GROUP: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
     h_s, h_full, h_empty = h_ring
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    WARPS: gl.constexpr = 4 if GATHER else 1
     BYTES: gl.constexpr = (BN if GATHER else BM + BN) * BK * 2
-    BN_OUT: gl.constexpr = BN // PARTS
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    BN_OUT: gl.constexpr = BN // (PARTS * SPREAD)
     num_n = gl.cdiv(N, BN_OUT)
     num_m = gl.load(p_schedule)
     slot, phase = 0, 1
     h_slot, h_phase = 0, 1
-    i_e, row0, end, i_n = _mm_block(p_schedule, gl.program_id(0), num_m, num_n, GROUP)
+    claim_slot, claim_phase = 0, 1
+    i_tile, i_next = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
+    i_e, row0, end, i_n = _mm_block(p_schedule, i_tile, num_m, num_n, GROUP)
     if GATHER:
         o_k = gl.arange(0, BK, gl.SliceLayout(0, ROWS))
         o_m = gl.arange(0, BM, gl.SliceLayout(1, ROWS))
         pair = gl.load(p_pair_of_row + row0 + o_m, mask=row0 + o_m < end, other=0)
-    for i_tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    while i_tile < num_m * num_n:
         n0 = i_n * BN_OUT
         if GATHER:
             p_a = a + ((pair // TOP_K).to(gl.int64) * stride_a)[:, None] + o_k[None, :]
-        # the next block and its pairs travel while this one is copied
-        following = _mm_block(p_schedule, i_tile + gl.num_programs(0), num_m, num_n, GROUP)
+        # the next block, its pairs, and the number of the one behind it travel while this one is copied
+        claimed = claim(p_schedule, WARPS)
+        following = _mm_block(p_schedule, i_next, num_m, num_n, GROUP)
         if GATHER:
             pair = gl.load(
                 p_pair_of_row + following[1] + o_m, mask=following[1] + o_m < following[2], other=0
@@ -112,7 +160,7 @@ def _mm_producer(
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
             mbarrier.expect(bar, BYTES)
-            _load_w(w, i_e, k0, n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
+            _load_w(w, i_e, k0, SPREAD * n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
             if GATHER:
                 if EVEN_K:
                     async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0)
@@ -127,43 +175,51 @@ def _mm_producer(
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
             mbarrier.expect(bar, (BM + BN) * BK * 2)
-            _load_w(more_w, i_e, r0, n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
+            _load_w(more_w, i_e, r0, SPREAD * n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
             tma.async_copy_global_to_shared(more_a, [row0, r0], bar, a_s.index(slot))
             if GATHER:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             slot, phase = advance(slot, phase, STAGES)
+        i_tile, i_next = i_next, handed(claimed, p_schedule, num_m * num_n)
+        hand_over(claims, claim_slot, claim_phase, i_next, WARPS)  # before h, which waits for the epilogue
+        claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         if EPILOGUE == "dact":
-            # h follows through slots of its own, SLICE columns each
+            # h follows through slots of its own, SLICE columns of both parts each
             for j in gl.static_range(BN // SLICE):
                 mbarrier.wait(h_empty.index(h_slot), h_phase)
                 h_bar = h_full.index(h_slot)
                 mbarrier.expect(h_bar, (2 if ACT.gated else 1) * BM * SLICE * 2)
                 for part in gl.static_range(2 if ACT.gated else 1):
                     h_part = h_s.index(2 * h_slot + part)
-                    tma.async_copy_global_to_shared(h, [row0, part, n0 + j * SLICE], h_bar, h_part)
+                    where, column = _part_of_h(n0 + j * SLICE, part, ACT)
+                    tma.async_copy_global_to_shared(h, [row0, where, column], h_bar, h_part)
                 h_slot, h_phase = advance(h_slot, h_phase, H_SLOTS)
         i_e, row0, end, i_n = following
 
 
 @gluon.jit
 def _mm_consumer(
-    out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging, N, K, num_rows,
-    PARTS: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr, STORE_H: gl.constexpr,
-    STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
+    out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring, claims, staging, N, K,
+    num_rows,
+    PARTS: gl.constexpr, SPREAD: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
+    STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
+    BIAS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     BUFFERS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
     h_s, h_full, h_empty = h_ring
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    BN_OUT: gl.constexpr = BN // PARTS
+    BN_OUT: gl.constexpr = BN // (PARTS * SPREAD)
     ROWS: gl.constexpr = BM // CONSUMERS
     num_n = gl.cdiv(N, BN_OUT)
     num_m = gl.load(p_schedule)
     slot, phase = 0, 0
     h_slot, h_phase, filled = 0, 0, 0
-    _, row0, end, i_n = _mm_block(p_schedule, gl.program_id(0), num_m, num_n, GROUP)
-    for i_tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    claim_slot, claim_phase = 0, 0
+    i_tile, i_next = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
+    i_e, row0, end, i_n = _mm_block(p_schedule, i_tile, num_m, num_n, GROUP)
+    while i_tile < num_m * num_n:
         row = row0 + SIDE * ROWS
         # a consumer whose rows all lie behind the end lets the slots pass
         live_k = gl.where(row < end, K, 0)
@@ -180,7 +236,9 @@ def _mm_consumer(
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = advance(slot, phase, STAGES)
         # the next block is looked up while the last product runs
-        following = _mm_block(p_schedule, i_tile + gl.num_programs(0), num_m, num_n, GROUP)
+        following = _mm_block(p_schedule, i_next, num_m, num_n, GROUP)
+        i_tile, i_next = i_next, take_over(claims, claim_slot, claim_phase)
+        claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=live_k > 0)
 
@@ -189,22 +247,41 @@ def _mm_consumer(
         if EPILOGUE == "none":
             for j in gl.static_range(BN // SLICE):
                 y = columns(acc, j, BN // SLICE)
+                if BIAS:
+                    n = n0 + j * SLICE
+                    y = _biased(y, p_bias + i_e * N + n, N - n)
                 put(out, [r0, r1, r2, n0 + j * SLICE], y, staging, SIDE, j, BUFFERS)
         elif EPILOGUE == "act":
             NUM: gl.constexpr = BN_OUT // SLICE
-            STORES: gl.constexpr = (1 + PARTS) if STORE_H else 1
+            STORES: gl.constexpr = (1 + PARTS * SPREAD) if STORE_H else 1
             for j in gl.static_range(NUM):
                 n = n0 + j * SLICE
-                g = columns(acc, j, PARTS * NUM)
-                u = columns(acc, (PARTS - 1) * NUM + j, PARTS * NUM)
+                if ACT.interleaved:
+                    both = columns(acc, j, NUM)
+                    if BIAS:
+                        both = _biased(both, p_bias + 2 * (i_e * N + n), 2 * (N - n))
+                    first, second = columns(both, 0, 2), columns(both, 1, 2)
+                    g, u = _split(both)
+                else:
+                    g = columns(acc, j, PARTS * NUM)
+                    u = columns(acc, (PARTS - 1) * NUM + j, PARTS * NUM)
+                    if BIAS:
+                        g = _biased(g, p_bias + i_e * PARTS * N + n, N - n)
+                        if ACT.gated:
+                            u = _biased(u, p_bias + (i_e * PARTS + 1) * N + n, N - n)
+                    first, second = g, u
                 if STORE_H:
-                    put(h, [r0, r1, r2, 0, n], g, staging, SIDE, STORES * j, BUFFERS)
+                    where, column = _part_of_h(n, 0, ACT)
+                    put(h, [r0, r1, r2, where, column], first, staging, SIDE, STORES * j, BUFFERS)
                     if ACT.gated:
-                        put(h, [r0, r1, r2, 1, n], u, staging, SIDE, STORES * j + 1, BUFFERS)
+                        where, column = _part_of_h(n, 1, ACT)
+                        put(h, [r0, r1, r2, where, column], second, staging, SIDE, STORES * j + 1, BUFFERS)
                 a = act_forward(g, u, ACT, FAST)
                 put(out, [r0, r1, r2, n], a, staging, SIDE, STORES * j + STORES - 1, BUFFERS)
         else:
             REGS: gl.constexpr = columns(acc, 0, BN // SLICE).type.layout
+            half = columns(acc, 0, 2 * BN // SLICE)
+            TURNS: gl.constexpr = _alternate(half, half).type.layout
             o_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, REGS))
             m_m = o_m < end
             pair = gl.load(p_pair_of_row + o_m, mask=m_m, other=0)
@@ -216,12 +293,23 @@ def _mm_consumer(
                 g_s = h_s.index(2 * h_slot).slice(SIDE * ROWS, ROWS)
                 u_s = h_s.index(2 * h_slot + 1).slice(SIDE * ROWS, ROWS)
                 v = columns(acc, j, BN // SLICE)
-                g = g_s.load(REGS).to(gl.float32)
-                u = u_s.load(REGS).to(gl.float32) if ACT.gated else g
+                if ACT.interleaved:
+                    g0, u0 = _split(g_s.load(TURNS).to(gl.float32))
+                    g1, u1 = _split(u_s.load(TURNS).to(gl.float32))
+                    g = gl.convert_layout(_side_by_side(g0, g1), REGS)
+                    u = gl.convert_layout(_side_by_side(u0, u1), REGS)
+                else:
+                    g = g_s.load(REGS).to(gl.float32)
+                    u = u_s.load(REGS).to(gl.float32) if ACT.gated else g
                 a, dg, du = act_vjp(g, u, v * weight[:, None], ACT, FAST)
                 dweight += gl.sum(v * a, 1)
                 # packed before the wait, which they live across
                 wa, dg, du = (a * weight[:, None]).to(h.dtype), dg.to(h.dtype), du.to(h.dtype)
+                if ACT.interleaved:
+                    dg, du = (
+                        _alternate(columns(dg, 0, 2), columns(du, 0, 2)),
+                        _alternate(columns(dg, 1, 2), columns(du, 1, 2)),
+                    )
                 # the slot before this one is free once its stores have been read
                 tma.store_wait(0)
                 mbarrier.arrive(h_empty.index(before(h_slot, H_SLOTS)), count=1, pred=filled > 0)
@@ -238,13 +326,15 @@ def _mm_consumer(
                 if STORE_OUT:
                     tma.async_copy_shared_to_global(out, [r0, r1, r2, n], wa_s)
                 if STORE_H:
-                    tma.async_copy_shared_to_global(dh, [r0, r1, r2, 0, n], g_s)
+                    where, column = _part_of_h(n, 0, ACT)
+                    tma.async_copy_shared_to_global(dh, [r0, r1, r2, where, column], g_s)
                     if ACT.gated:
-                        tma.async_copy_shared_to_global(dh, [r0, r1, r2, 1, n], u_s)
+                        where, column = _part_of_h(n, 1, ACT)
+                        tma.async_copy_shared_to_global(dh, [r0, r1, r2, where, column], u_s)
                 h_slot, h_phase = advance(h_slot, h_phase, H_SLOTS)
             if STORE_DWEIGHT:
                 gl.store(p_dweight + i_n.to(gl.int64) * num_rows + o_m, dweight, mask=m_m)
-        _, row0, end, i_n = following
+        i_e, row0, end, i_n = following
     tma.store_wait(0)
 
 
@@ -261,10 +351,12 @@ def _hopper_mm(
     more_w,  # descriptor (E, C, N, R), or (E, 1, R, N) with KN
     p_pair_of_row,  # [P]
     p_schedule,  # [S, 3]
+    p_bias,  # [E, G] or [E, N]
     stride_a, N, K, num_rows,
     TOP_K: gl.constexpr, GATHER: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
-    PARTS: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    BIAS: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, R: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     EVEN_K: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
@@ -281,20 +373,22 @@ def _hopper_mm(
         h_s = gl.allocate_shared_memory(DTYPE, [2 * H_SLOTS, BM, SLICE], LAYOUT)
         h_full, h_empty = barriers(H_SLOTS, 1)
         h_ring = (h_s, h_full, h_empty)
+    claims = make_claims()
     fence_async_shared()
     length = K
     if R > 0:  # the consumers see one contraction, the further step behind it
         length = gl.cdiv(K, BK) * BK + (R + BK - 1) // BK * BK
     gl.warp_specialize(
         [
-            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
-                            N, length, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT,
-                            ACT, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
-            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_pair_of_row, p_schedule, ring, h_ring, staging,
-                            N, length, num_rows, PARTS, KN, EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT,
-                            ACT, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
-            (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, stride_a, N, K,
-                            R, TOP_K, GATHER, PARTS, KN, EPILOGUE, ACT, BM, BN, BK, GROUP, STAGES, EVEN_K)),
+            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring,
+                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H,
+                            STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
+            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring,
+                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H,
+                            STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
+            (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, claims,
+                            stride_a, N, K, R, TOP_K, GATHER, PARTS, SPREAD, KN, EPILOGUE, ACT, BM, BN, BK,
+                            GROUP, STAGES, EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
@@ -308,15 +402,14 @@ def serves(
     h_PG: Tensor | None,
     dh_PG: Tensor | None,
     more: Step | None,
+    dim_n: int,
     *,
-    kn: bool,
     gather: bool,
 ) -> bool:
-    """Whether `plan` takes these operands; with `kn`, parts must follow each other."""
-    dim_n = w_EC__.shape[3 if kn else 2]
+    """Whether `plan` takes these operands. dim_n: of a part of h."""
     split = [t.unflatten(1, (-1, dim_n)) for t in (h_PG, dh_PG) if t is not None]
     tensors = [a, w_EC__, *split, *([] if out_PN is None else [out_PN]), *(more or ())]
-    return (not kn or w_EC__.shape[1] == 1) and (not gather or gatherable(a)) and available(*tensors)
+    return (not gather or gatherable(a)) and available(*tensors)
 
 
 def plan(
@@ -333,15 +426,16 @@ def plan(
 ) -> Plan:
     """As grouped_mm._plan, whose `options` it takes over."""
     ring = tiles.RINGS[name]
-    parts = w_EC__.shape[1]
+    parts, spread = w_EC__.shape[1], options["SPREAD"]
     kn, gather = options["KN"], options["GATHER"]
+    part_n = dim_n if not options["ACT"].interleaved else 2 * dim_n
     half, box = BLOCK_M // CONSUMERS.value, SLICE.value
 
     def split(tensor: Tensor | None, how: Callable[..., Described], rows: int) -> Described | None:
-        return None if tensor is None else how(tensor.unflatten(1, (-1, dim_n)), [rows, 1, box])
+        return None if tensor is None else how(tensor.unflatten(1, (-1, part_n)), [rows, 1, box])
 
     a_block = [BLOCK_M, BLOCK_K]
-    w_block = [1, 1, BLOCK_K, BLOCK_N] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]
+    w_block = [1, 1, BLOCK_K, BLOCK_N // parts] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]
     return Plan(
         _hopper_mm,
         (
@@ -356,16 +450,17 @@ def plan(
             described(more.w, w_block) if more else None,
             None,
             None,
+            None,
         ),
         (a.stride(0), dim_n, dim_k),
         dict(
-            options, PARTS=1 if kn else parts, R=more.rows_PR.shape[1] if more else 0,
+            options, PARTS=parts, R=more.rows_PR.shape[1] if more else 0,
             BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
             STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
             EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2),
             DTYPE=gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16,
         ),
-        blocks=triton.cdiv(dim_n, BLOCK_N // (1 if kn else parts)),
+        blocks=triton.cdiv(dim_n, BLOCK_N // (parts * spread)),
         most_programs=processors(a.device),
         warps=CONSUMER_WARPS,
     )  # fmt: skip

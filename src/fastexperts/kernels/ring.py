@@ -1,9 +1,11 @@
 """What the Hopper kernels share, in Gluon: a ring of slots in shared memory between warps with roles.
 
-One program per SM walks the output blocks [BM, BN]. A producer fills the ring, a slot per step of the
-contraction: through the copy engine (TMA), gathered rows by cp.async. Two consumers of four warps own 64 rows
-of the block each and multiply from the ring; they drift apart up to its depth, so that one's epilogue runs
-beside the other's products. Results leave through `staging` and the copy engine.
+One program per SM computes output blocks [BM, BN], in their order, each as soon as it is free (`claim`):
+neighbours run at the same time and share their operands in L2, whatever the blocks before them took. A
+producer fills the ring, a slot per step of the contraction: through the copy engine (TMA), gathered rows by
+cp.async. Two consumers of four warps own 64 rows of the block each and multiply from the ring; they drift
+apart up to its depth, so that one's epilogue runs beside the other's products. Results leave through
+`staging` and the copy engine.
 
 An expert's rows end where the next one's begin, and no block has to know: a "ragged" descriptor moves the
 expert's end to the tensor's bound, where the hardware reads zeros and drops writes (the idea of
@@ -33,6 +35,7 @@ CONSUMER_WARPS = 4
 REGISTERS = gl.constexpr(504)  # a thread of each of the three warp groups, together
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 SLICE = gl.constexpr(64)  # columns of an epilogue's step: 128 bytes of bf16, the swizzle's width
+CLAIM, CLAIM_SLOTS = gl.constexpr(128), gl.constexpr(2)
 END = gl.constexpr(FAR)  # bound of a ragged descriptor's rows
 
 
@@ -128,6 +131,57 @@ def swizzle(i, num_m, num_n, GROUP: gl.constexpr):
     first_m = i // (GROUP * num_n) * GROUP
     size_m = gl.minimum(num_m - first_m, GROUP)
     return first_m + i % (GROUP * num_n) % size_m, i % (GROUP * num_n) // size_m
+
+
+@gluon.jit
+def claim(p_schedule, WARPS: gl.constexpr):
+    """A number of blocks claimed before, by all programs of the launch, for a producer of WARPS warps: in
+    element 0 of what `handed` makes an integer, so that nothing waits for it here.
+    """
+    LANES: gl.constexpr = gl.BlockedLayout([CLAIM // (32 * WARPS)], [32], [WARPS], [0])
+    lane = gl.arange(0, CLAIM, LANES)
+    one = gl.full_like(lane, 1)
+    return gl.atomic_add(p_schedule + 2 + 0 * lane, one, mask=lane == 0, sem="relaxed")
+
+
+@gluon.jit
+def handed(claimed, p_schedule, num_blocks):
+    """The block of a claim. A program's first two blocks are given, and it claims one whenever it begins one:
+    the last claim is known by its number, and sets the counter back for the next launch.
+    """
+    lane = gl.arange(0, CLAIM, claimed.type.layout)
+    number = gl.sum(gl.where(lane == 0, claimed, 0), 0)
+    gl.store(p_schedule + 2, 0, mask=number == num_blocks - 1)
+    return 2 * gl.num_programs(0) + number
+
+
+@gluon.jit
+def hand_over(claims, slot, phase, i_tile, WARPS: gl.constexpr):
+    """Tell the consumers the block after the next."""
+    claim_s, full, empty = claims
+    LANES: gl.constexpr = gl.BlockedLayout([CLAIM // (32 * WARPS)], [32], [WARPS], [0])
+    mbarrier.wait(empty.index(slot), phase)
+    claim_s.index(slot).store(gl.full([CLAIM], i_tile, gl.int32, LANES))
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def take_over(claims, slot, phase):
+    """What `hand_over` told."""
+    claim_s, full, empty = claims
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(slot), phase)
+    i_tile = gl.max(claim_s.index(slot).load(LANES), 0)
+    mbarrier.arrive(empty.index(slot), count=1)
+    return i_tile
+
+
+@gluon.jit
+def make_claims():
+    """What `hand_over` and `take_over` share. A fence must follow."""
+    claim_s = gl.allocate_shared_memory(gl.int32, [CLAIM_SLOTS, CLAIM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full, empty = barriers(CLAIM_SLOTS, 1)
+    return claim_s, full, empty
 
 
 @gluon.jit

@@ -67,7 +67,7 @@ class Ring:
 RINGS: dict[str, Ring] = {
     "up": Ring(group=16, producer_registers=56),
     "down": Ring(group=4),
-    "dh": Ring(stages=3, group=4, buffers=1),  # h takes 64 KB
+    "dh": Ring(stages=3, group=4, buffers=1, producer_registers=48),  # h takes 64 KB
     "dx": Ring(group=4),
     "dw1": Ring(group=4, producer_registers=56),
     "dw2": Ring(group=8, producer_registers=56),
