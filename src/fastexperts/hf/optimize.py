@@ -81,24 +81,32 @@ def _by_liger(part: str, finder: ModuleType) -> Callable[[nn.Module, str], list[
         missing = liger.missing(where)
         if missing:
             return [Part(part, False, missing)]
-        found: list[tuple[str, bool, str]] = []
-        for name, module in finder.candidates(model).items():
-            try:
-                forward = finder.forward_of(module, where)
-            except FastexpertsError as e:
-                found.append((name, False, str(e)))
-            else:
-                forward.put()
-                found.append((name, True, str(forward)))
-        return _merged(part, found) or [Part(part, False, "no such modules")]
+        return _merged(part, _put(finder, model, where)) or [Part(part, False, "no such modules")]
 
     return apply
 
 
+def _put(finder: ModuleType, model: nn.Module, where: str) -> list[tuple[str, bool, str]]:
+    """(name, whether it is on, what or why not) of each candidate of `finder`, whose forward is put in."""
+    found: list[tuple[str, bool, str]] = []
+    for name, module in finder.candidates(model).items():
+        try:
+            forward = finder.forward_of(module, where)
+        except FastexpertsError as e:
+            found.append((name, False, str(e)))
+        else:
+            forward.put()
+            found.append((name, True, str(forward)))
+    return found
+
+
 def _attention(model: nn.Module, where: str) -> list[Part]:
-    return _merged(
-        "attention", [attention.choose(root, where) for root in pretrained_models(model, "optimize")]
-    )
+    found: list[tuple[str, bool, str]] = []
+    for root in pretrained_models(model, "optimize"):
+        chosen = attention.choose(root, where)
+        guarded = _put(attention, root, where) if chosen[2] == attention.CUDNN else []
+        found += guarded or [chosen]
+    return _merged("attention", found)
 
 
 PARTS: dict[str, Callable[[nn.Module, str], list[Part]]] = {
@@ -152,8 +160,8 @@ def optimize(
 
 
 def restore(model: nn.Module) -> int:
-    """Give every module of `model` that norms, rotary, shared_experts or loss changed the forward of its
-    class back; returns how many there were. Experts, attention backend and checkpointing stay.
+    """Give every module of `model` that norms, rotary, shared_experts, loss or attention changed the forward
+    of its class back; returns how many there were. Experts, the name sdpa and checkpointing stay.
     """
     return liger.restore(model)
 
