@@ -1,7 +1,7 @@
 """Which attention backend a model trains with, and the calls that cuDNN's kernel is kept from.
 
-PyTorch's sdpa chooses its kernel by the shapes of each call. On Hopper and Blackwell with cuDNN above 9.15 that
-is cuDNN's, of which two faults are known: where it takes a mask,
+PyTorch's sdpa chooses its kernel by the shapes of each call. On Hopper and Blackwell with cuDNN above 9.15 it
+takes cuDNN's wherever that can run. Two faults of that one are known: where it gets a mask,
 
 - dq is NaN if the keys are 64 more than a multiple of 128 and a row's scores lie below -88 (pytorch#196678:
   H100, torch 2.11 to 2.13), and
@@ -37,8 +37,8 @@ OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend
 """PyTorch's kernels without cuDNN's."""
 
 CUDNN_FIRST = 91500, (9, 10)
-"""Above which version of cuDNN, on cards of which major capability, sdpa asks cuDNN first: torch 2.11 to 2.13,
-`check_prefer_cudnn_attention` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp."""
+"""Above which version of cuDNN, on cards of which major capability, sdpa asks cuDNN first: torch 2.11 to 2.13
+(`check_prefer_cudnn_attention` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def guarded(
 
 
 def cudnn_errs(query: Tensor, key: Tensor, *masks: Tensor | None) -> bool:
-    """Whether a call of `query` and `key` [B, H, S, d] with those `masks` is one that cuDNN's kernel fails."""
+    """Whether cuDNN's kernel errs for `query` and `key` [B, H, S, d] with those `masks`."""
     dtypes = {mask.dtype for mask in masks if mask is not None}
     return bool(dtypes) and (key.shape[-2] % 128 == 64 or not dtypes <= {torch.bool, query.dtype})
 
@@ -121,7 +121,7 @@ def _refusal(cls: str) -> FastexpertsError:
         "forward",
         got="a forward put on the instance",
         needs="that of its class, to keep masks with which cuDNN's kernel errs from it",
-        way_out="It stays as it is: call torch.backends.cuda.enable_cudnn_sdp(False), or pad to a multiple of 128.",
+        way_out="It stays as it is: pad to multiples of 128, or torch.backends.cuda.enable_cudnn_sdp(False).",
     )
 
 
