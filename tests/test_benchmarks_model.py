@@ -579,13 +579,26 @@ def test_our_step_is_the_default_s():
             assert difference <= 1e-5 * wanted[name].grad.norm(), name
 
 
-def test_attention_kernels_are_called_alike_and_compared():
+def test_the_mask_of_attention_s_benchmark():
+    mask = attention.padding(3, 8, "cpu")[:, 0]
+    assert [torch.equal(mask[i, :, : 8 - i], mask[0, :, : 8 - i]) for i in range(3)] == [True] * 3
+    assert torch.equal(mask[0], torch.ones(8, 8, dtype=torch.bool).tril())
+    assert not any(mask[i, :, 8 - i :].any() for i in range(3))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_kernels_are_called_alike_and_compared(masked):
     heads = attention.Heads(4, 2, 16, 16)
     assert heads.flops(1, 2) == 2 * 2 * 4 * 16 * 3  # two products, 2 FLOPs, 4 heads, 16 dims, 1 + 2 keys
-    few = {name: attention.BACKENDS[name] for name in ("math", "cudnn")}
-    running, said = attention.compared(heads, 2, 32, "cpu", torch.float32, few)
-    assert set(running) == {("math", "forward"), ("math", "step")}
+    few = {name: attention.BACKENDS[name] for name in ("math", "cudnn", "sdpa")}
+    tensors = heads.tensors(2, 32, "cpu", torch.float32)
+    mask = attention.padding(2, 32, "cpu") if masked else None
+    running, said = attention.compared(tensors, few, mask)
+    assert set(running) == {(name, call) for name in ("math", "sdpa") for call in ("forward", "step")}
     assert said[0] == "math: out 0e+00, dq 0e+00"
     assert said[1].startswith("cudnn: ")
+    assert said[2].startswith("sdpa: ")
+    assert all(time > 0 for time in attention.new_shape(None, tensors))
     out, dq, dk, dv = running["math", "step"]()
     assert [tuple(t.shape) for t in (out, dq, dk, dv)] == [(2, 4, 32, 16)] * 2 + [(2, 2, 32, 16)] * 2
