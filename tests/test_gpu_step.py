@@ -133,7 +133,9 @@ def test_no_nan_where_cudnn_gives_them():
     ours = gradients(attention.guarded, torch.bfloat16, sdpa_attention_forward)
     theirs = gradients(sdpa_attention_forward, torch.bfloat16)
     for name, a, b, expected in zip("qkv", ours, theirs, truth, strict=True):
-        error, stock = ((d.double() - expected).norm() / expected.norm() for d in (a, b))
+        assert a.isfinite().all(), f"d{name}"
+        # Of dq the first column is 0 by cancellation: in bf16 -960 times what rounding leaves.
+        error, stock = ((d.double() - expected)[..., 1:].norm() / expected[..., 1:].norm() for d in (a, b))
         print(f"d{name}: {error:.1e}, as PyTorch chooses {stock:.1e}")
         assert error <= 2e-2, f"d{name}: {error:.1e}"
 
