@@ -37,6 +37,7 @@ from breakdown import (
 )
 
 import fastexperts
+from fastexperts.hf import attention as attention_part
 from fastexperts.metrics.flops import count_flops
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
@@ -257,6 +258,21 @@ def test_a_row_on_a_card(mode):
     assert parts["loss and LM head"].keys() == {FORWARD, BACKWARD}
     together = sum(ms for phases in parts.values() for ms in phases.values())
     assert sum(parts.get("not attributed", {}).values()) < 0.02 * together
+
+
+def test_the_rotation_is_a_part_where_attention_has_a_forward_of_ours():
+    training = step.Training(QWEN.tiny(), results.Case(backend="fastexperts", checkpoint="off"), "cpu")
+    for module in attention_part.candidates(training.model).values():
+        attention_part.forward_of(module, "cpu").put()
+    found, _ = profiled(training)
+    assert {place: n for place, n in found_at(found, "aten::neg").items() if place[0] == "rotary"} == {
+        ("rotary", phase): 4 for phase in (FORWARD, BACKWARD)
+    }
+    scopes = [
+        module.forward.__wrapped__.__globals__
+        for module in attention_part.candidates(training.model).values()
+    ]
+    assert not any(hasattr(scope["apply_rotary_pos_emb"], "in_range") for scope in scopes), "what is left"
 
 
 def test_parts_of_mla_and_shared_experts():
