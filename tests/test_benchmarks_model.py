@@ -37,6 +37,7 @@ from breakdown import (
 )
 
 import fastexperts
+from fastexperts.hf import attention as attention_part
 from fastexperts.metrics.flops import count_flops
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
@@ -257,6 +258,21 @@ def test_a_row_on_a_card(mode):
     assert parts["loss and LM head"].keys() == {FORWARD, BACKWARD}
     together = sum(ms for phases in parts.values() for ms in phases.values())
     assert sum(parts.get("not attributed", {}).values()) < 0.02 * together
+
+
+def test_the_rotation_is_a_part_where_attention_has_a_forward_of_ours():
+    training = step.Training(QWEN.tiny(), results.Case(backend="fastexperts", checkpoint="off"), "cpu")
+    for module in attention_part.candidates(training.model).values():
+        attention_part.forward_of(module, "cpu").put()
+    found, _ = profiled(training)
+    assert {place: n for place, n in found_at(found, "aten::neg").items() if place[0] == "rotary"} == {
+        ("rotary", phase): 4 for phase in (FORWARD, BACKWARD)
+    }
+    scopes = [
+        module.forward.__wrapped__.__globals__
+        for module in attention_part.candidates(training.model).values()
+    ]
+    assert not any(hasattr(scope["apply_rotary_pos_emb"], "in_range") for scope in scopes), "what is left"
 
 
 def test_parts_of_mla_and_shared_experts():
@@ -579,13 +595,26 @@ def test_our_step_is_the_default_s():
             assert difference <= 1e-5 * wanted[name].grad.norm(), name
 
 
-def test_attention_kernels_are_called_alike_and_compared():
+def test_the_mask_of_attention_s_benchmark():
+    mask = attention.padding(3, 8, "cpu")[:, 0]
+    assert [torch.equal(mask[i, :, : 8 - i], mask[0, :, : 8 - i]) for i in range(3)] == [True] * 3
+    assert torch.equal(mask[0], torch.ones(8, 8, dtype=torch.bool).tril())
+    assert not any(mask[i, :, 8 - i :].any() for i in range(3))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_kernels_are_called_alike_and_compared(masked):
     heads = attention.Heads(4, 2, 16, 16)
     assert heads.flops(1, 2) == 2 * 2 * 4 * 16 * 3  # two products, 2 FLOPs, 4 heads, 16 dims, 1 + 2 keys
-    few = {name: attention.BACKENDS[name] for name in ("math", "cudnn")}
-    running, said = attention.compared(heads, 2, 32, "cpu", torch.float32, few)
-    assert set(running) == {("math", "forward"), ("math", "step")}
+    few = {name: attention.BACKENDS[name] for name in ("math", "cudnn", "sdpa")}
+    tensors = heads.tensors(2, 32, "cpu", torch.float32)
+    mask = attention.padding(2, 32, "cpu") if masked else None
+    running, said = attention.compared(tensors, few, mask)
+    assert set(running) == {(name, call) for name in ("math", "sdpa") for call in ("forward", "step")}
     assert said[0] == "math: out 0e+00, dq 0e+00"
     assert said[1].startswith("cudnn: ")
+    assert said[2].startswith("sdpa: ")
+    assert all(time > 0 for time in attention.new_shape(None, tensors))
     out, dq, dk, dv = running["math", "step"]()
     assert [tuple(t.shape) for t in (out, dq, dk, dv)] == [(2, 4, 32, 16)] * 2 + [(2, 2, 32, 16)] * 2

@@ -9,7 +9,7 @@ from support_liger import DEVICE, run_liger, step
 
 import fastexperts
 from fastexperts.errors import FastexpertsError
-from fastexperts.hf import liger, linear_lora, loss, norms, recompute, rotary, swiglu
+from fastexperts.hf import attention, liger, linear_lora, loss, norms, recompute, rotary, swiglu
 from fastexperts.hf.optimize import PARTS, Part, optimize, restore
 from fastexperts.metrics.flops import count_flops
 
@@ -56,9 +56,10 @@ def test_how_many_families_each_part_serves():
     """What docs/optimize.md says of transformers 5.23; other versions have other families."""
     if not transformers.__version__.startswith("5.23."):
         pytest.skip(f"the numbers are those of transformers 5.23, and this is {transformers.__version__}")
-    served = dict.fromkeys(PARTS_FOUND, 0)
+    served = dict.fromkeys(("attention", *PARTS_FOUND), 0)
     for case in cases():
         model = tiny_family(case)
+        served["attention"] += bool(attention.candidates(model))
         for name, part in PARTS_FOUND.items():
             for module in part.candidates(model).values():
                 try:
@@ -68,7 +69,7 @@ def test_how_many_families_each_part_serves():
                 served[name] += 1
                 break
     assert len(cases()) == 65
-    assert served == {"norms": 63, "rotary": 42, "shared_experts": 35, "loss": 49}
+    assert served == {"attention": 65, "norms": 63, "rotary": 42, "shared_experts": 35, "loss": 49}
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -80,8 +81,17 @@ def test_each_part_can_be_left_out(device, name):
     assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {name}
     assert summary.of(name) == (Part(name, False, "as asked"),)
     assert (model.config._experts_implementation == "fastexperts") == (name != "experts")
-    changed = {"norms": 9, "rotary": 2, "shared_experts": 2, "adapters": 4, "loss": 1}
-    assert restore(model) == sum(count for part, count in changed.items() if part != name)
+    layers = [f"layers.{i}" for i in (0, 1)]
+    changed = {
+        "norms": range(9),
+        "rotary": layers,
+        "shared_experts": range(20, 22),
+        "loss": [30],
+        "adapters": range(40, 44),
+    }
+    if attention.cudnn_comes_first(device):
+        changed["attention"] = layers  # the same modules that rotate
+    assert restore(model) == len({at for part, places in changed.items() if part != name for at in places})
 
 
 def test_nothing_of_liger_without_a_gpu(monkeypatch, capsys):
@@ -92,7 +102,7 @@ def test_nothing_of_liger_without_a_gpu(monkeypatch, capsys):
     reason = "FASTEXPERTS_BACKEND is torch" if torch.cuda.is_available() else "no CUDA device"
     for name in PARTS_FOUND:
         assert summary.of(name) == (Part(name, False, reason),)
-    assert not any("forward" in vars(part) for part in model.modules())
+    assert restore(model) == (2 if attention.cudnn_comes_first(liger.device_type(model)) else 0)
     assert capsys.readouterr().out == f"{summary}\n"
     lines = str(summary).splitlines()
     assert lines[0].split() == ["step", "modules"]

@@ -140,8 +140,9 @@ def test_each_rotation_is_found(family, once, partial):
     scope = {"apply_rotary_pos_emb": theirs}
     Attention.forward = FunctionType(Attention.forward.__code__, scope)
     forward = rotary.forward_of(Attention(), "cpu")
-    assert (forward.rotation.once, forward.rotation.partial) == (once, partial)
-    assert forward.rotation.theirs is theirs
+    rotation = forward.others["apply_rotary_pos_emb"]
+    assert (rotation.once, rotation.partial) == (once, partial)
+    assert rotation.theirs is theirs
 
 
 @pytest.mark.parametrize("once", [False, True])

@@ -1,13 +1,128 @@
-"""Which attention backend a model trains with."""
+"""Which attention backend a model trains with, and the calls that cuDNN's kernel is kept from.
+
+PyTorch's sdpa chooses its kernel by the shapes of each call. On Hopper and Blackwell with cuDNN above 9.15 it
+takes cuDNN's wherever that can run. Two faults of that one are known: where it gets a mask,
+
+- dq is NaN if the keys are 64 more than a multiple of 128 and a row's scores lie below -88 (pytorch#196678:
+  H100, torch 2.11 to 2.13), and
+- a mask of another dtype than the query's is read as if it had that dtype (pytorch#191612).
+
+Such calls take PyTorch's other kernels. transformers' attention classes find sdpa in a global of their file,
+which is another to the instance (scoped.py): its name, by which models and trainers tell it, stays.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
-SDPA = (
-    "PyTorch's sdpa: flash for whole sequences; a mask (padding, packing) takes its memory-efficient kernel"
-)
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastexperts.errors import FastexpertsError, refuse
+from fastexperts.hf import liger
+from fastexperts.hf.scoped import ScopedForward, globals_of
+
+SDPA = "PyTorch's sdpa: flash, where there is no mask; its memory-efficient kernel takes padding and packing"
+CUDNN = "PyTorch's sdpa: cuDNN's kernel"
+GUARDED = f"{CUDNN}, except for masks with which it errs"
 ON_CPU = "PyTorch's sdpa"
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""PyTorch's kernels without cuDNN's."""
+
+CUDNN_FIRST = 91500, (9, 10)
+"""Above which version of cuDNN, on cards of which major capability, sdpa asks cuDNN first: torch 2.11 to 2.13
+(`check_prefer_cudnn_attention` in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """transformers' attention functions as `forward` finds them, of which sdpa is `guarded`.
+
+    They are looked up at each call, so that what is registered later is found, and copies share them.
+    """
+
+    forward: FunctionType
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """As transformers' own."""
+        return self._guarded(name, self.forward.__globals__[INTERFACE].get_interface(name, default))
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return self._guarded(name, self.forward.__globals__[INTERFACE][name])
+
+    def __str__(self) -> str:
+        return GUARDED
+
+    @staticmethod
+    def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(guarded, function) if name == "sdpa" else function
+
+
+def guarded(
+    sdpa: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """transformers' `sdpa` of these arguments; without cuDNN's kernel where that errs.
+
+    The choice depends on shapes and dtypes alone: what runs again in a checkpoint takes the same kernel.
+    """
+    call = functools.partial(sdpa, module, query, key, value, attention_mask, *args, **kwargs)
+    if not cudnn_errs(query, key, attention_mask, kwargs.get("position_bias")):
+        return call()
+    # What the caller has restricted stays so; torch.compile cannot read it, and traces the context.
+    if not torch.compiler.is_compiling() and not torch.backends.cuda.cudnn_sdp_enabled():
+        return call()
+    with sdpa_kernel(OTHERS):
+        return call()
+
+
+def cudnn_errs(query: Tensor, key: Tensor, *masks: Tensor | None) -> bool:
+    """Whether cuDNN's kernel errs for `query` and `key` [B, H, S, d] with those `masks`."""
+    dtypes = {mask.dtype for mask in masks if mask is not None}
+    return bool(dtypes) and (key.shape[-2] % 128 == 64 or not dtypes <= {torch.bool, query.dtype})
+
+
+def cudnn_comes_first(where: str) -> bool:
+    """Whether PyTorch's sdpa asks cuDNN's kernel first, on this card."""
+    version, majors = CUDNN_FIRST
+    if where != "cuda" or (torch.backends.cudnn.version() or 0) <= version:
+        return False
+    return torch.cuda.get_device_capability()[0] in majors
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> module, of those whose forward finds its attention function in transformers' interface."""
+    return {name: module for name, module in model.named_modules() if INTERFACE in globals_of(module)}
+
+
+def forward_of(module: Any, where: str) -> ScopedForward:
+    """The forward of `module` with sdpa `guarded`; raises FastexpertsError if another library changed it."""
+    if liger.is_patched(module):
+        raise _refusal(type(module).__name__)
+    return ScopedForward(module, where, {INTERFACE: Interface(type(module).forward)})
+
+
+def _refusal(cls: str) -> FastexpertsError:
+    return refuse(
+        cls,
+        "forward",
+        got="a forward put on the instance",
+        needs="that of its class, to keep masks with which cuDNN's kernel errs from it",
+        way_out="It stays as it is: pad to multiples of 128, or torch.backends.cuda.enable_cudnn_sdp(False).",
+    )
 
 
 def choose(model: Any, where: str) -> tuple[str, bool, str]:
@@ -22,8 +137,10 @@ def choose(model: Any, where: str) -> tuple[str, bool, str]:
     if config._attn_implementation == "eager" and model._supports_sdpa:
         model.set_attn_implementation("sdpa")
     found = config._attn_implementation
+    if found == "sdpa" and where != "cuda":
+        return name, True, ON_CPU
     if found == "sdpa":
-        return name, True, SDPA if where == "cuda" else ON_CPU
+        return name, True, CUDNN if cudnn_comes_first(where) else SDPA
     if found == "eager":
         return name, False, "eager: the class has no sdpa"
     return name, True, f"{found}, as loaded"

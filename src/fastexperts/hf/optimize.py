@@ -75,8 +75,8 @@ def _experts(model: nn.Module, where: str) -> list[Part]:
     return _merged("experts", [(row.name, True, label) for row, label in labels.items()])
 
 
-def _put(part: str, finder: ModuleType, model: nn.Module, where: str) -> list[Part]:
-    """Put in a part whose `finder` has candidates, and for each a forward or a refusal."""
+def _put(finder: ModuleType, model: nn.Module, where: str) -> list[tuple[str, bool, str]]:
+    """(name, whether it is on, what or why not) of each candidate of `finder`, whose forward is put in."""
     found: list[tuple[str, bool, str]] = []
     for name, module in finder.candidates(model).items():
         try:
@@ -86,7 +86,7 @@ def _put(part: str, finder: ModuleType, model: nn.Module, where: str) -> list[Pa
         else:
             forward.put()
             found.append((name, True, str(forward)))
-    return _merged(part, found)
+    return found
 
 
 def _by_liger(part: str, finder: ModuleType) -> Callable[[nn.Module, str], list[Part]]:
@@ -96,20 +96,23 @@ def _by_liger(part: str, finder: ModuleType) -> Callable[[nn.Module, str], list[
         missing = liger.missing(where)
         if missing:
             return [Part(part, False, missing)]
-        return _put(part, finder, model, where) or [Part(part, False, "no such modules")]
+        return _merged(part, _put(finder, model, where)) or [Part(part, False, "no such modules")]
 
     return apply
 
 
 def _adapters(model: nn.Module, where: str) -> list[Part]:
-    found = _put("adapters", linear_lora, model, where)
+    found = _merged("adapters", _put(linear_lora, model, where))
     return found or [Part("adapters", False, linear_lora.NONE_FOUND)]
 
 
 def _attention(model: nn.Module, where: str) -> list[Part]:
-    return _merged(
-        "attention", [attention.choose(root, where) for root in pretrained_models(model, "optimize")]
-    )
+    found: list[tuple[str, bool, str]] = []
+    for root in pretrained_models(model, "optimize"):
+        chosen = attention.choose(root, where)
+        guarded = _put(attention, root, where) if chosen[2] == attention.CUDNN else []
+        found += guarded or [chosen]
+    return _merged("attention", found)
 
 
 PARTS: dict[str, Callable[[nn.Module, str], list[Part]]] = {
@@ -165,8 +168,9 @@ def optimize(
 
 
 def restore(model: nn.Module) -> int:
-    """Give every module of `model` that norms, rotary, shared_experts, adapters or loss changed the
-    forward of its class back; returns how many there were. Experts, attention backend and checkpointing stay.
+    """Give every module of `model` that norms, rotary, shared_experts, adapters, loss or attention changed
+    the forward of its class back; returns how many there were. Experts, the name sdpa and checkpointing
+    stay.
     """
     return liger.restore(model)
 

@@ -1,16 +1,13 @@
 """Attention whose rotary embedding Liger's kernel computes, found by comparing numbers.
 
-Attention calls its rotation as a global of its modeling file. Nothing process-wide is patched: the instance
-gets the code of its class's forward over a copy of those globals in which that one name is another function.
+Attention calls its rotation as a global of its modeling file, which is another to the instance (scoped.py).
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import liger
+from fastexperts.hf.scoped import ScopedForward, globals_of
 
 ROTATION = re.compile(r"apply_\w*rotary\w*")
 TOLERANCE = 1e-5
@@ -44,6 +42,9 @@ class Rotation:
         rotary_dim = cos.shape[-1] * (2 if self.once else 1)
         return liger.rope(liger.promoted(q, cos), liger.promoted(k, cos), cos, sin, rotary_dim)
 
+    def __str__(self) -> str:
+        return "Liger rotary embedding"
+
     def _takes(self, *args: Any, **kwargs: Any) -> bool:
         """Whether these are q, k [B, H, S, d], cos and sin [B, S, *] of what was compared, on the device."""
         if len(args) != 4 or kwargs not in ({}, {"unsqueeze_dim": 1}):
@@ -57,47 +58,17 @@ class Rotation:
         )
 
 
-class RotaryForward(liger.Forward):
-    """The forward of the class, in which `name` is a `Rotation`."""
-
-    def __init__(self, module: Any, name: str, rotation: Rotation) -> None:
-        super().__init__(module, rotation.where)
-        self.name, self.rotation = name, rotation
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        function = _with_global(type(self.module).forward, self.name, self.rotation)
-        return function(self.module, *args, **kwargs)
-
-    def __str__(self) -> str:
-        return "Liger rotary embedding"
-
-
-@functools.cache
-def _with_global(function: FunctionType, name: str, value: Any) -> FunctionType:
-    """`function` to which the global `name` is `value`."""
-    scope = {**function.__globals__, name: value}
-    made = FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
-
-
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """name -> module, of those whose forward calls a rotation by its name."""
     return {name: module for name, module in model.named_modules() if _rotations(module)}
 
 
 def _rotations(module: Any) -> dict[str, Any]:
-    """The rotations among the globals that the forward of the class of `module` names."""
-    forward = type(module).forward
-    if not isinstance(forward, FunctionType):
-        return {}
-    names = [name for name in forward.__code__.co_names if ROTATION.fullmatch(name)]
-    return {name: forward.__globals__[name] for name in names if name in forward.__globals__}
+    """The rotations among the globals that the forward of the class of `module` reads."""
+    return {name: value for name, value in globals_of(module).items() if ROTATION.fullmatch(name)}
 
 
-def forward_of(module: Any, where: str) -> RotaryForward:
+def forward_of(module: Any, where: str) -> ScopedForward:
     """Liger's rotation for the attention `module`; raises FastexpertsError if its own is another."""
     cls, rotations = type(module).__name__, _rotations(module)
     if liger.is_patched(module):
@@ -110,7 +81,7 @@ def forward_of(module: Any, where: str) -> RotaryForward:
     once = not half and _same(theirs, HEAD_DIM // 2, HEAD_DIM)
     if not (whole or once):
         raise _refusal(cls, f"{name}, which rotates otherwise")
-    return RotaryForward(module, name, Rotation(theirs, where, once, partial=half))
+    return ScopedForward(module, where, {name: Rotation(theirs, where, once, partial=half)})
 
 
 def _same(theirs: Callable[..., Any], width: int, rotary_dim: int) -> bool:
