@@ -235,7 +235,7 @@ def test_the_loss_and_its_gradients_are_the_model_s(device, family, extra):
     data = batch(device) | extra
     wanted, logits = step(model, data), model(**data).logits
     loss.forward_of(model, device).put()
-    assert_close(step(model, data), wanted, 1e-6)
+    assert_close(step(model, data), wanted)
     out = model(**data)
     assert out.logits is None
     assert (out.get("aux_loss") is not None) == (family == "qwen3_moe")
