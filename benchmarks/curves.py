@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -68,11 +68,17 @@ Run = tuple[int, str, str]
 """(seed, weights, backend)"""
 
 
-def curves(plan: Plan, budget: Budget, device: str) -> Iterator[dict[str, Any]]:
+def curves(
+    plan: Plan,
+    budget: Budget,
+    device: str,
+    weights: Iterable[str] = tuple(DTYPES),
+    backends: Iterable[str] = tuple(BACKENDS),
+) -> Iterator[dict[str, Any]]:
     """The record so far, after every curve."""
     parameters = sum(parameter.numel() for parameter in meta_model(plan.cut).parameters())
     record = {"parameters": parameters, "steps": plan.steps, "seeds": plan.seeds}
-    kinds = [(EXACT, DEFAULT), *itertools.product(DTYPES, BACKENDS)]
+    kinds = [(EXACT, DEFAULT), *itertools.product(weights, backends)]
     drawn: dict[Run, list[float]] = {}
     skipped: dict[str, str] = {}
     runs = [(seed, *kind) for seed in range(plan.seeds) for kind in kinds]

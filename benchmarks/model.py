@@ -39,11 +39,10 @@ import torch
 from budget import NO_TIME, Budget
 from cuts import CUTS, DTYPES, Cut
 from model_report import curves_table, step_table, trainer_table
-from results import DEFAULT, Case, StepRow, environment, write
+from results import DEFAULT, OPTIMIZED, Case, StepRow, environment, write
 from step import BACKENDS, card_peak, dense_ms, describe, free, measure, values_of
 
 MODES = ("full", "lora")
-OPTIMIZED = "fastexperts + optimize"
 CASES = (
     *(Case(mode, weights, backend) for weights in DTYPES for mode in MODES for backend in BACKENDS),
     Case(backend=DEFAULT, optimizer=True),
@@ -128,7 +127,9 @@ def main() -> None:
     if args.curves:
         import curves
 
-        for record in curves.curves(curves.TINY if args.tiny else curves.PLAN, budget, device):
+        plan = curves.TINY if args.tiny else curves.PLAN
+        asked = args.weights.split(","), args.backends.split(",")
+        for record in curves.curves(plan, budget, device, *asked):
             save("model-curves", "curves", record)
         print(curves_table(record), flush=True)
         return

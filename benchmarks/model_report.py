@@ -26,11 +26,12 @@ def step_table(found: Record) -> str:
     """Every row in full."""
     rows = step_rows_of(found)
     heads = ["mode", "weights", "experts", "recomputed", "optimizer", "step ms", "tokens/s", "MFU causal"]
-    heads += ["MFU full", "faster", "peak GiB", "kept GiB", "experts of dense", "imbalance", "loss", "card"]
+    heads += ["MFU full", "faster", "peak GiB", "kept GiB", "experts of dense", "imbalance", "loss"]
+    heads += ["routing health", "card"]
     lines = []
     for row in rows:
         if row.skipped:
-            lines.append([*case_of(row), *["-"] * 10, f"skipped: {row.skipped}"])
+            lines.append([*case_of(row), *["-"] * 11, f"skipped: {row.skipped}"])
             continue
         default = default_of(row, rows)
         share = _number(row.of_dense(found["dense"], found["moe_layers"]), ".2f")
@@ -48,6 +49,7 @@ def step_table(found: Record) -> str:
                 f"{share} ({tflops} TF/s)",
                 _number(row.imbalance, ".2f"),
                 _number(row.loss, ".4f"),
+                _number(row.health, "+.2%"),
                 row.state or "-",
             ]
         )
@@ -138,8 +140,9 @@ def step_section(name: str, record: Record) -> str:
 Forward and backward, gradient checkpointing unless it says otherwise, sdpa, median of {found["steps"]} steps
 (least and most). *faster*: than the default in the same mode, of the same run. *experts of dense*: the time
 of the experts' matrix products in plain cuBLAS over what the experts take of forward and backward, in the
-step. *imbalance*: the busiest expert's load over the mean, in the worst layer. *card*: while the
-steps ran. The parts of each case by phase: [{name}.md](../benchmarks/results/{name}.md).
+step. *imbalance*: the busiest expert's load over the mean, in the worst layer. *routing health*: what
+RoutingHealth's counting adds to a step. *card*: while the steps ran. The parts of each case by phase:
+[{name}.md](../benchmarks/results/{name}.md).
 
 {step_table(found)}
 The kernels of one step, forward and backward, by part of the model:

@@ -14,7 +14,7 @@ from typing import Any
 from shapes import SHAPES
 
 Record = dict[str, Any]
-OURS, DEFAULT = "fastexperts", "grouped_mm"
+OURS, DEFAULT, OPTIMIZED = "fastexperts", "grouped_mm", "fastexperts + optimize"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Case:
     optimizer: bool = False
 
     @property
+    def watched(self) -> bool:
+        """Whether the cost of RoutingHealth is measured."""
+        return self.backend == OPTIMIZED and self.checkpoint == "full" and not self.optimizer
+
+    @property
     def setting(self) -> tuple[str, str, bool]:
         """What a case and the default that it is compared with have in common."""
         return self.mode, self.weights, self.optimizer
@@ -95,8 +100,9 @@ class StepRow(Case):
     """A whole training step. Times in ms, memory in GiB; kept: after forward, beside the weights.
 
     MFU by both conventions of metrics/flops.py, 0 to 1. parts: part -> phase -> ms of a profiled step
-    (breakdown.py); imbalance: the busiest expert's load over the mean, of the worst layer; state: of the card
-    while it ran. A `skipped` row says why.
+    (breakdown.py); imbalance: the busiest expert's load over the mean, of the worst layer; health: what
+    RoutingHealth's counting adds to a step, as a share of it; state: of the card while it ran. A `skipped`
+    row says why.
     """
 
     cut: str = ""
@@ -112,6 +118,7 @@ class StepRow(Case):
     imbalance: float | None = None
     note: str = ""
     state: str | None = None
+    health: float | None = None
     parts: dict[str, dict[str, float]] | None = None
     skipped: str | None = None
 

@@ -14,7 +14,7 @@ import torch
 from breakdown import Parts, step_parts
 from cuts import Cut, meta_model
 from problems import dense_products
-from results import Case
+from results import OPTIMIZED, Case
 from timing import take_turns
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -23,6 +23,8 @@ import fastexperts
 from fastexperts.metrics.expert_load import ExpertLoad
 from fastexperts.metrics.flops import Convention, count_flops
 from fastexperts.metrics.mfu import peak_flops
+from fastexperts.metrics.router_logits import RouterLogits
+from fastexperts.metrics.tokens import TrainedTokens
 
 GIB = 1 << 30
 RANK = 16
@@ -66,7 +68,7 @@ def use_optimize(model: nn.Module, case: Case, tokens: int, **options: Any) -> s
         return str(optimize(model, checkpoint=case.checkpoint, tokens=tokens, verbose=False, **options))
 
 
-BACKENDS = {"grouped_mm": use_default, "fastexperts": use_experts, "fastexperts + optimize": use_optimize}
+BACKENDS = {"grouped_mm": use_default, "fastexperts": use_experts, OPTIMIZED: use_optimize}
 """name -> (model, case, tokens of a step) -> what there is to say."""
 
 
@@ -158,8 +160,27 @@ def measure(cut: Cut, case: Case, device: str, steps: int, peak: float | None) -
         "imbalance": float((load_LE.amax(1) / load_LE.mean(1)).max()),
         "note": training.note,
         "state": state,
+        "health": health_share(training.model, training.step, device) if case.watched else None,
         "parts": _parts(training),
     }
+
+
+def health_share(model: nn.Module, step: Callable[[], object], device: str, count: int = 6) -> float:
+    """What RoutingHealth's counting adds to a step, as a share of it: medians of steps in blocks that take
+    turns.
+    """
+    tokens = TrainedTokens(model)
+    load = ExpertLoad(model, tokens)
+    counters = tokens, load, RouterLogits(model, load.layers, tokens)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for counting in (True, False) * 3:
+        for counter in counters if counting else ():
+            counter.start()
+        step()  # the first tells what the routers do, and is not timed
+        times[counting] += step_times(step, count, device)[0]
+        for counter in counters if counting else ():
+            counter.stop()
+    return statistics.median(times[True]) / statistics.median(times[False]) - 1
 
 
 def _parts(training: Training) -> Parts | None:

@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -302,6 +303,16 @@ def test_parts_of_mla_and_shared_experts():
     assert not inside
 
 
+def test_the_cost_of_counting_leaves_no_hooks():
+    training = step.Training(QWEN.tiny(), results.Case(), "cpu")
+    counted = []
+    with mock.patch.object(step.ExpertLoad, "_add", lambda self, name, *_: counted.append(name)):
+        share = step.health_share(training.model, training.step, "cpu", count=1)
+    assert share > -1
+    assert len(counted) == 3 * 2 * 2, "blocks, steps, layers: each token once, in spite of checkpoints"
+    assert not any(module._forward_pre_hooks for module in training.model.modules())
+
+
 def test_time_is_spent_while_there_is_some():
     now = iter([0.0, 0.0, 4.0, 4.0, 10.0, 10.0, 10.0])  # the start; then begin and end of each item
     limit = budget.Budget(15.0, clock=lambda: next(now))
@@ -349,17 +360,18 @@ def test_experts_of_dense():
 def test_pages_of_steps():
     left = results.StepRow(backend="fastexperts", mode="lora", skipped="CUDA out of memory")
     kept = replace(OURS, checkpoint="keep-experts", weights="fp32", parts={"experts": {FORWARD: 1.0}})
-    rows = [asdict(row) for row in (DEFAULT, OURS, left, kept)]
+    watched = replace(OURS, health=0.004)
+    rows = [asdict(row) for row in (DEFAULT, watched, left, kept)]
     found = step.describe(QWEN, 989.4e12) | {"steps": 10, "dense": DENSE, "rows": rows}
     assert (found["moe_layers"], found["peak_tflops"]) == (6, 989.4)
     record = {"environment": ENVIRONMENT, "model": found}
     text = report.page({"model-qwen3-30b-a3b": record})
     assert (
         "| full | bf16 | fastexperts + optimize | all | none | 190.0 (379.0-384.5) | 43,116 | 19.7% | 22.4% "
-        "| 2.00 x | 44.8 | 12.35 | 1.12 (928 TF/s) | 1.25 | 12.0000 | 1755 MHz, 60 °C, 650 W |"
+        "| 2.00 x | 44.8 | 12.35 | 1.12 (928 TF/s) | 1.25 | 12.0000 | +0.40% | 1755 MHz, 60 °C, 650 W |"
     ) in text
     assert (
-        "| lora | bf16 | fastexperts | all | none | " + "- | " * 10 + "skipped: CUDA out of memory |" in text
+        "| lora | bf16 | fastexperts | all | none | " + "- | " * 11 + "skipped: CUDA out of memory |" in text
     )
     assert "| norms | 10.00 | 10.00 |\n| experts | 24.00 | 24.00 |\n| recomputed | 8.00 | 8.00 |" in text
     assert "| **together** | **42.00** | **42.00** |\n| a step takes | 380.00 | 190.00 |" in text
