@@ -1,5 +1,7 @@
 """Checkpointing modes: what is kept, what runs again, and the estimate that chooses between them."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import case_of, tiny_family
@@ -8,7 +10,8 @@ from support_hf import assert_close, tiny_model, tokens
 from support_liger import Alive, step
 
 import fastexperts
-from fastexperts import cpu
+from fastexperts import cpu, ops
+from fastexperts.errors import FastexpertsError
 from fastexperts.hf import recompute, unread
 from fastexperts.hf.recompute import MODES, Estimate, Kept, estimate
 from fastexperts.metrics.mfu import keeps_experts, recomputed_share
@@ -29,17 +32,57 @@ def batch(length=24):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_mode_gives_the_same_bits_and_runs_the_experts_as_often_as_it_says(family):
-    results, calls = {}, {}
+def test_each_mode_gives_the_same_bits_and_runs_the_experts_as_often_as_it_says(family, monkeypatch):
+    results, calls, ups = {}, {}, []
+    up = cpu.up
+    monkeypatch.setattr(cpu, "up", lambda *args: ups.append(1) or up(*args))
     for mode in MODES:
         model = model_in(family, mode)
-        with Alive() as counted:
-            results[mode] = step(model, batch())
-        calls[mode] = counted.layers
+        ups.clear()
+        results[mode] = step(model, batch())
+        calls[mode] = len(ups)
     layers = sum("Experts" in type(module).__name__ for module in model.modules())
     assert calls == {"off": layers, "keep-experts": layers, "full": 2 * layers}, "of them half without w2"
     for mode in MODES[1:]:
         assert_close(results[mode], results["off"], 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(mode):
+    model = model_in("qwen3_moe", mode)
+    loss = model(**batch()).loss
+    leaves = list(model.parameters())
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_two_forwards_before_their_backwards_keep_apart_what_is_kept(mode):
+    """As of a policy and its reference; the later graph is run first."""
+    results = {}
+    for order in ((0, 1), (1, 0)):
+        model = model_in("qwen3_moe", mode)
+        losses = [model(**batch(length)).loss for length in (24, 16)]
+        grads = {i: torch.autograd.grad(losses[i], list(model.parameters())) for i in order}
+        results[order] = [*grads[0], *grads[1]]
+    assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
+
+
+def test_what_gives_results_ends_with_its_context_also_by_an_error():
+    seen = []
+    through = ops.ResultsThrough(lambda compute: seen.append(1) or compute())
+    x, ids, weight = torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    call = partial(fastexperts.moe_mlp, x, ids, weight, torch.randn(2, 8, 8), torch.randn(2, 8, 4))
+    with through:
+        call()
+        with through:
+            call()
+        call()
+    with pytest.raises(FastexpertsError), through:
+        call(activation="none such")
+    call()
+    assert len(seen) == 3
 
 
 def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):

@@ -7,8 +7,10 @@ updates as `EXTRAS`, an absent tensor as an empty one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +28,30 @@ from fastexperts.weights import RANK_STEP, Lora, Weight, as_weight
 EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
 """What the two projections may have beside their weights: all of them, or none."""
 PRIMALS = 4  # x, weight, w1, w2: what is always differentiated
+
+Results = tuple[Tensor, ...]
+Through = Callable[[Callable[..., Results]], Results]
+_thread = threading.local()
+
+
+class ResultsThrough(contextlib.AbstractContextManager[None]):
+    """In this thread and context, what the op gives is through(compute). `compute()` computes it, and
+    `compute(unread=True)` with NaN in the place of the output, without w2 and combine. May be entered again.
+
+    For what checkpoints do in the place of a computation, below autograd: a dispatch mode would see every
+    operation of a layer, in Python.
+    """
+
+    def __init__(self, through: Through) -> None:
+        self.through = through
+        self._before: list[Through | None] = []
+
+    def __enter__(self) -> None:
+        self._before.append(getattr(_thread, "through", None))
+        _thread.through = self.through
+
+    def __exit__(self, *_: object) -> None:
+        _thread.through = self._before.pop()
 
 
 def moe_mlp(
@@ -80,7 +106,7 @@ def moe_mlp(
         _no_forward_mode([*tensors, *extras])
     keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *extras))
     numbers = [*activation.params, *scales]
-    out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h, False)
+    out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h)
     return out_TD
 
 
@@ -118,7 +144,7 @@ def restored(
 
 
 @op("moe_mlp")
-def _moe_mlp(  # noqa: PLR0913 - a schema is flat
+def _moe_mlp(
     x_TD: Tensor,
     ids_TK: Tensor,
     weight_TK: Tensor,
@@ -129,26 +155,26 @@ def _moe_mlp(  # noqa: PLR0913 - a schema is flat
     numbers: list[float],
     dtype: torch.dtype,
     keep_h: bool,
-    unread: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`. unread:
-    `out_TD` is NaN, where gradient checkpointing computes again what no backward reads (hf/unread.py).
-    """
+    """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
     num_experts = w2_EDF.shape[0]
-    if settings.check_ids():
-        check_ids(ids_TK, num_experts)
-    ops = backend.load(x_TD.device)
-    with backend.current(x_TD.device):
-        routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
-        layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
-        computed = forward(x_TD, layer, keep_h, unread)
-    row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3 = routing.tensors
-    return *computed, row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3
+
+    def compute(unread: bool = False) -> Results:
+        if settings.check_ids():
+            check_ids(ids_TK, num_experts)
+        ops = backend.load(x_TD.device)
+        with backend.current(x_TD.device):
+            routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
+            layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+            return *forward(x_TD, layer, keep_h, unread), *routing.tensors
+
+    through: Through | None = getattr(_thread, "through", None)
+    return compute() if through is None else through(compute)  # type: ignore[return-value]
 
 
 @_moe_mlp.fake
 def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    _, w1_EGD, _, extras, _, _, dtype, keep_h, _ = others
+    _, w1_EGD, _, extras, _, _, dtype, keep_h = others
     num_experts, dim_g, _ = w1_EGD.shape
     num_pairs = ids_TK.numel()
     block_m = backend.load(x_TD.device).block_m(x_TD.device, dtype)
@@ -220,7 +246,7 @@ def _(dout_TD: Tensor, primals: list[Tensor], *others: Any) -> list[Tensor]:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, weight_TK, w1_EGD, w2_EDF, extras, *ctx.how, _, _ = inputs
+    x_TD, _, weight_TK, w1_EGD, w2_EDF, extras, *ctx.how, _ = inputs
     _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
@@ -230,7 +256,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
     need_x, _, need_weight, need_w1, need_w2, need_extras, *_ = ctx.needs_input_grad
-    others = (None,) * 5  # how, keep_h, unread
+    others = (None,) * 4  # how, keep_h
     if dout_TD is None:
         return (*(None,) * 5, [None] * (ctx.primals - PRIMALS), *others)
     saved = list(ctx.saved_tensors)  # once: checkpointing recomputes at the first look and refuses a second

@@ -5,20 +5,20 @@
     full          of each layer its input; the experts' output is not computed again where nothing reads it
 
 The two that recompute are PyTorch's non-reentrant checkpointing through transformers' switch; `keep-experts`
-adds a policy that keeps the outputs of our op and of nothing else.
+adds that what our op gave is given again, and nothing else.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from fastexperts import ops
 from fastexperts.hf import liger, unread
 from fastexperts.hf.inventory import Row, interface_modules, row_of, unwrapped
 from fastexperts.hf.swiglu import PROJECTIONS
@@ -185,11 +185,40 @@ def _either(model: Any, what: str) -> Any:
     return new or getattr(model, f"gradient_checkpointing_{what}")
 
 
+class KeptExperts(ops.ResultsThrough):
+    """Keeps what our op gives, of which `again` is the context that gives it again, in the same order."""
+
+    def __init__(self) -> None:
+        super().__init__(self._keep)
+        self._kept: list[ops.Results] = []
+
+    def _keep(self, compute: Callable[..., ops.Results]) -> ops.Results:
+        self._kept.append(compute())
+        return _apart(self._kept[-1])
+
+    def again(self) -> ops.ResultsThrough:
+        return _Again(self._kept)
+
+
+class _Again(ops.ResultsThrough):
+    def __init__(self, kept: list[ops.Results]) -> None:
+        super().__init__(self._give)
+        self._kept, self._each = kept, iter(kept)
+
+    def __enter__(self) -> None:
+        self._each = iter(self._kept)
+        super().__enter__()
+
+    def _give(self, _: Callable[..., ops.Results]) -> ops.Results:
+        return _apart(next(self._each))
+
+
 def keep_experts() -> tuple[Any, Any]:
     """The contexts of a checkpoint that keeps what our op gives; metrics/mfu.py knows it by its name."""
-    return create_selective_checkpoint_contexts(_policy)
+    kept = KeptExperts()
+    return kept, kept.again()
 
 
-def _policy(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    ours = op is torch.ops.fastexperts.moe_mlp.default
-    return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+def _apart(results: ops.Results) -> ops.Results:
+    """The same memory in tensors of their own: autograd writes on those that an op gives."""
+    return tuple(tensor.detach() for tensor in results)

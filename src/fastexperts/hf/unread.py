@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastexperts import ops
 from fastexperts.hf.compare import has_data
 
 TOKENS = 4
 
 
-class _Unread(TorchDispatchMode):
+def _without_output(compute: Callable[..., ops.Results]) -> ops.Results:
     """Our layer gives NaN as its output, and all that its own backward needs."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.fastexperts.moe_mlp.default:
-            args = (*args[:-1], True)  # its argument `unread`
-        return func(*args, **(kwargs or {}))
+    return compute(unread=True)
 
 
 def contexts() -> tuple[Any, Any]:
     """The contexts of a checkpoint (forward, computed again) of a layer that `unread_layers` gave."""
-    return contextlib.nullcontext(), _Unread()
+    return contextlib.nullcontext(), ops.ResultsThrough(_without_output)
 
 
 def skip(layers: list[Any]) -> None:
@@ -76,7 +72,7 @@ def unread_layers(model: Any, layers: list[nn.Module]) -> list[nn.Module]:
     try:
         with (
             _all_trained(model),
-            _Unread(),
+            ops.ResultsThrough(_without_output),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed),
         ):
             model(input_ids=ids, use_cache=False)
