@@ -49,12 +49,12 @@ def test_a_wrong_result_ends_in_status_1(monkeypatch, settings):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool):
+@pytest.mark.parametrize(("tool", "options"), [("memcheck", []), ("racecheck", ["--pointers"])])
+def test_compute_sanitizer(tool, options):
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("needs compute-sanitizer, and it is not on the path")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SCRIPT)]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, str(SCRIPT), *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     assert "20 of 20 right" in result.stdout
