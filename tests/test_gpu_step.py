@@ -49,7 +49,7 @@ def _model(dtype, seed=0):
 
 
 def _batch(length=LENGTH, padding=0):
-    """The last sequence ends with `padding` tokens that are none. (Padding on the left masks whole rows, whose
+    """The last sequence ends with `padding` tokens that are none. (On the left they mask whole rows, whose
     scores overflow in eager's fp64.)
     """
     generator = torch.Generator().manual_seed(1)
