@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from breakdown import PARTS, PHASES
 from results import DEFAULT, CurveRow, Record, StepRow, TrainerRow, default_of
 from tables import environment_line, table
 
 Found = dict[str, object]
+UNUSUAL = "The profiled step was not like those that were timed.\n"
 
 
 RECOMPUTED = {"full": "all", "keep-experts": "all but experts", "off": "nothing"}
 
 
 def step_rows_of(found: Record) -> list[StepRow]:
-    """Of a record of model.py."""
-    return [StepRow(**row) for row in found["rows"]]
+    """Of a record of model.py; without the parts of a profiled step that was unlike those that were timed."""
+    rows = [StepRow(**row) for row in found["rows"]]
+    return [replace(row, parts=None) if row.parts and not row.is_usual else row for row in rows]
 
 
 def case_of(row: StepRow) -> list[str]:
@@ -126,7 +130,10 @@ def step_page(record: Record) -> str:
     for row in step_rows_of(found):
         if not row.skipped:
             note = f"```\n{row.note}\n```\n\n" if row.note else ""
-            parts.append(f"## {', '.join(_short(row))}\n\n{note}{phases_table(row)}")
+            phases = (
+                phases_table(row) if row.parts else "The profiled step was not like those that were timed.\n"
+            )
+            parts.append(f"## {', '.join(_short(row))}\n\n{note}{phases}")
     return "\n".join(parts)
 
 

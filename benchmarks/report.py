@@ -342,7 +342,7 @@ def step_sections(records: dict[str, Record]) -> str:
     text = ""
     for name, record in records.items():
         if "model" in record:
-            text += f"\n## A training step: {record['model']['cut']}\n\n{step_section(name, record)}"
+            text += f"\n## A training step: {name.removeprefix('model-')}\n\n{step_section(name, record)}"
     for record in records.values():
         if "trainer" in record:
             cut = record["trainer"]["cut"]

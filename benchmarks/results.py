@@ -127,6 +127,13 @@ class StepRow(Case):
         return sum(ms for phases in (self.parts or {}).values() for ms in phases.values())
 
     @property
+    def is_usual(self) -> bool:
+        """Whether the profiled step's kernels take about as long as a step, if on a card. On one that is
+        nearly full the profiler saw seconds in the place of the 0.4 that the steps took.
+        """
+        return self.state is None or (self.step_ms is not None and self.parts_ms < 1.5 * self.step_ms)
+
+    @property
     def experts_ms(self) -> float:
         """What the experts take of forward and backward, recomputation left out."""
         phases = (self.parts or {}).get("experts", {})

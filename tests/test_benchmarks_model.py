@@ -357,6 +357,14 @@ def test_experts_of_dense():
     assert replace(DEFAULT, mode="lora").experts_tflops(10**12) == pytest.approx(2e12 / 24e-3 / 1e12)
 
 
+def test_a_profile_that_is_none_of_the_timed_steps_is_left_out():
+    odd = replace(DEFAULT, parts={"rest": {FORWARD: 10 * DEFAULT.step_ms}})
+    found = step.describe(QWEN, 989.4e12) | {"steps": 10, "dense": DENSE, "rows": [asdict(odd), asdict(OURS)]}
+    assert [row.parts for row in model_report.step_rows_of(found)] == [None, OURS.parts]
+    page = model_report.step_page({"environment": ENVIRONMENT, "model": found})
+    assert page.count("The profiled step was not like those that were timed.") == 1
+
+
 def test_pages_of_steps():
     left = results.StepRow(backend="fastexperts", mode="lora", skipped="CUDA out of memory")
     kept = replace(OURS, checkpoint="keep-experts", weights="fp32", parts={"experts": {FORWARD: 1.0}})
