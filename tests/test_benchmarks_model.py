@@ -40,6 +40,7 @@ from breakdown import (
 import fastexperts
 from fastexperts.hf import attention as attention_part
 from fastexperts.metrics.flops import count_flops
+from fastexperts.metrics.gathered import Gathered
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 QWEN = cuts.CUTS["qwen3-30b-a3b"]
@@ -306,10 +307,11 @@ def test_parts_of_mla_and_shared_experts():
 def test_the_cost_of_counting_leaves_no_hooks():
     training = step.Training(QWEN.tiny(), results.Case(), "cpu")
     counted = []
-    with mock.patch.object(step.ExpertLoad, "_add", lambda self, name, *_: counted.append(name)):
+    with mock.patch.object(Gathered, "add", lambda self, row, *_: counted.append(row)):
         share = step.health_share(training.model, training.step, "cpu", count=1)
     assert share > -1
-    assert len(counted) == 3 * 2 * 2, "blocks, steps, layers: each token once, in spite of checkpoints"
+    per_token = 2 * 2  # ids and logits, of each layer once, in spite of checkpoints
+    assert len(counted) == 3 * 2 * per_token, "blocks and steps"
     assert not any(module._forward_pre_hooks for module in training.model.modules())
 
 

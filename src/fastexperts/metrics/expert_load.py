@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fastexperts.metrics.gathered import Gathered
 from fastexperts.metrics.tokens import TrainedTokens
+
+GATHERED = 1 << 21
+"""Ids that are counted at once: 16 MB."""
 
 
 class ExpertLoad:
@@ -31,7 +35,9 @@ class ExpertLoad:
         """Experts of a token, by layer, once one has been seen."""
         self._tokens, self._owns_tokens = tokens or TrainedTokens(model), tokens is None
         self._handles: list[RemovableHandle] = []
-        self._counts: dict[str, Tensor] = {}
+        self._columns = 1 + max(self.experts, default=0)
+        self._tables: dict[torch.device, Tensor] = {}
+        self._gathered = Gathered(self._count, GATHERED)
 
     def __enter__(self) -> ExpertLoad:
         self.start()
@@ -44,8 +50,8 @@ class ExpertLoad:
         """Count from here on."""
         if self._owns_tokens:
             self._tokens.start()
-        for (name, module), experts in zip(self.layers.items(), self.experts, strict=True):
-            hook = self._counter(name, experts)
+        for row, (name, module) in enumerate(self.layers.items()):
+            hook = self._counter(row, name)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def stop(self) -> None:
@@ -65,40 +71,43 @@ class ExpertLoad:
 
     def table(self, device: torch.device) -> Tensor:
         """`counts` on `device`: nothing waits for it if it is the model's."""
-        table_LE = torch.zeros(
-            len(self.experts), max(self.experts, default=0), dtype=torch.int64, device=device
-        )
-        for row_E, name, experts in zip(table_LE, self.layers, self.experts, strict=True):
-            if name in self._counts:
-                row_E[:experts].copy_(self._counts[name][:experts])
+        self._gathered.flush()
+        shape = len(self.experts), self._columns - 1
+        table_LE = torch.zeros(shape, dtype=torch.int64, device=device)
+        for counts_LE in self._tables.values():
+            table_LE += counts_LE[:, :-1].to(device)
         return table_LE
 
     def reset(self) -> None:
         """Start again from zero."""
-        for counts in self._counts.values():
-            counts.zero_()
+        self._gathered.clear()
+        for counts_LE in self._tables.values():
+            counts_LE.zero_()
 
-    def _counter(self, name: str, experts: int) -> Any:
+    def _counter(self, row: int, name: str) -> Any:
         @torch.compiler.disable
         def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._tokens.counts(module):
-                index_TK = args[1] if len(args) > 1 else kwargs["top_k_index"]
-                self._add(name, experts, index_TK.detach())
+                index_TK = (args[1] if len(args) > 1 else kwargs["top_k_index"]).detach()
+                self.top_k[name] = index_TK.shape[-1]
+                keep_T = self._tokens.keep(index_TK.shape[0], index_TK.device)
+                self._gathered.add(row, index_TK, keep_T, self.experts[row])
 
         return count
 
-    def _add(self, name: str, experts: int, index_TK: Tensor) -> None:
-        self.top_k[name] = index_TK.shape[-1]
-        counts = self._counts.get(name)
-        if counts is None:
-            # One more bin takes what is not counted, so that nothing is selected and nothing synchronised.
-            counts = self._counts[name] = torch.zeros(experts + 1, dtype=torch.int64, device=index_TK.device)
-        valid_TK = (index_TK >= 0) & (index_TK < experts)
-        keep_T = self._tokens.keep(index_TK.shape[0], index_TK.device)
+    def _count(self, first: int, index_LTK: Tensor, keep_T: Tensor | None, experts: Any) -> None:
+        """The ids of layers from row `first` on, with `experts` each."""
+        device, columns = index_LTK.device, self._columns
+        if device not in self._tables:
+            # One more column takes what is not counted, so that nothing is selected and nothing synchronised.
+            shape = len(self.experts), columns
+            self._tables[device] = torch.zeros(shape, dtype=torch.int64, device=device)
+        valid_LTK = (index_LTK >= 0) & (index_LTK < experts)
         if keep_T is not None:
-            valid_TK = valid_TK & keep_T[:, None]
-        bins = torch.where(valid_TK, index_TK, experts).reshape(-1)
-        counts.scatter_add_(0, bins, torch.ones_like(bins))
+            valid_LTK = valid_LTK & keep_T[:, None]
+        row_L11 = torch.arange(first, first + len(index_LTK), device=device)[:, None, None]
+        bins = torch.where(valid_LTK, index_LTK, columns - 1).add(row_L11 * columns).reshape(-1)
+        self._tables[device].view(-1).scatter_add_(0, bins, torch.ones_like(bins))
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from fastexperts.metrics.gathered import Gathered
 from fastexperts.metrics.tokens import TrainedTokens
 
 SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits_TE: logits_TE.softmax(-1),
+    "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,  # DeepSeek-V3
-    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),  # DeepSeek-V4
-    "none": lambda p_TE: p_TE,  # Gemma 4 records probabilities as its logits
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),  # DeepSeek-V4
+    "none": lambda p: p,  # Gemma 4 records probabilities as its logits
 }
 """Name -> what a router makes of its logits; probabilities are these, divided by their sum."""
+GATHERED = 1 << 23
+"""Logits whose entropy is taken at once: 32 MB in fp32."""
 TOLERANCE = 0.05
 """How far the shares of routing weights may be, relative to their mean, from what a row of SCORES gives."""
 
@@ -49,9 +52,11 @@ class RouterLogits:
         self.columns: dict[str, int] = {}
         """What a token of each layer chooses among, once one was seen: experts, and what else there is."""
         self._layers, self._tokens = layers, tokens
+        self._rows = {name: row for row, name in enumerate(layers)}
         self._handles: list[RemovableHandle] = []
-        self._sums: dict[str, Tensor] = {}
+        self._tables: dict[torch.device, Tensor] = {}
         self._logits: dict[str, Tensor] = {}
+        self._gathered = Gathered(self._sum, GATHERED)
         self._score: dict[type[nn.Module], str] = {}
 
     def start(self) -> None:
@@ -74,16 +79,17 @@ class RouterLogits:
 
         The last is NaN where a router gives probabilities and no logits.
         """
-        table = torch.zeros(len(self._layers), 3, dtype=torch.float64, device=device)
-        for row, name in zip(table, self._layers, strict=True):
-            if name in self._sums:
-                row.copy_(self._sums[name])
-        return table
+        self._gathered.flush()
+        table_L3 = torch.zeros(len(self._layers), 3, dtype=torch.float64, device=device)
+        for sums_L3 in self._tables.values():
+            table_L3 += sums_L3.to(device)
+        return table_L3
 
     def reset(self) -> None:
         """Start again from zero."""
-        for sums in self._sums.values():
-            sums.zero_()
+        self._gathered.clear()
+        for sums_L3 in self._tables.values():
+            sums_L3.zero_()
 
     def _keep_logits(self, name: str, index: int) -> Any:
         @torch.compiler.disable
@@ -107,26 +113,31 @@ class RouterLogits:
             kind = type(router.module)
             if kind not in self._score:
                 self._score[kind] = nearest_score(logits_TE.float(), index_TK, weight_TK.detach().float())
-            self._add(name, logits_TE.float(), self._score[kind])
+            self.columns[name] = logits_TE.shape[-1]
+            keep_T = self._tokens.keep(logits_TE.shape[0], logits_TE.device)
+            self._gathered.add(self._rows[name], logits_TE, keep_T, self._score[kind])
 
         return add
 
-    def _add(self, name: str, logits_TE: Tensor, score: str) -> None:
-        keep_T = self._tokens.keep(logits_TE.shape[0], logits_TE.device)
-        kept_T = torch.ones_like(logits_TE[:, 0]) if keep_T is None else keep_T.float()
-        entropy_T = entropy(SCORES[score](logits_TE))
-        square_T = logits_TE.square().mean(-1) if score != "none" else torch.full_like(kept_T, math.nan)
-        sums = torch.stack([kept_T, kept_T * entropy_T, kept_T * square_T]).sum(-1)
-        if name not in self._sums:
-            self.columns[name] = logits_TE.shape[-1]
-            self._sums[name] = torch.zeros(3, dtype=torch.float64, device=logits_TE.device)
-        self._sums[name] += sums
+    def _sum(self, first: int, logits_LTE: Tensor, keep_T: Tensor | None, score: Any) -> None:
+        """The logits of layers from row `first` on, of which routers make `score`."""
+        device, logits_LTE = logits_LTE.device, logits_LTE.float()
+        if device not in self._tables:
+            shape = len(self._layers), 3
+            self._tables[device] = torch.zeros(shape, dtype=torch.float64, device=device)
+        entropy_LT = entropy(SCORES[score](logits_LTE))
+        kept_LT = torch.ones_like(entropy_LT) if keep_T is None else keep_T.float().expand_as(entropy_LT)
+        square_LT = logits_LTE.square().mean(-1) if score != "none" else torch.full_like(kept_LT, math.nan)
+        sums_L3 = torch.stack([kept_LT, kept_LT * entropy_LT, kept_LT * square_LT], dim=-1).sum(1)
+        self._tables[device][first : first + len(sums_L3)] += sums_L3
 
 
-def entropy(scores_TE: Tensor) -> Tensor:
-    """Entropy in nats of each row of scores, divided by their sum: 0 for one choice, ln E for E alike."""
-    p_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_TE.dtype).tiny)
-    return torch.special.entr(p_TE).sum(-1)
+def entropy(scores: Tensor) -> Tensor:
+    """Entropy in nats of each row [..., E] of scores, divided by their sum: 0 for one choice, ln E for E
+    alike.
+    """
+    p = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    return torch.special.entr(p).sum(-1)
 
 
 def nearest_score(logits_TE: Tensor, index_TK: Tensor, weight_TK: Tensor) -> str:
