@@ -9,7 +9,7 @@ from results import DEFAULT, CurveRow, Record, StepRow, TrainerRow, default_of
 from tables import environment_line, table
 
 Found = dict[str, object]
-UNUSUAL = "The profiled step was not like those that were timed.\n"
+NO_PARTS = "No profile, or one of a step that was not like those that were timed.\n"
 
 
 RECOMPUTED = {"full": "all", "keep-experts": "all but experts", "off": "nothing"}
@@ -130,9 +130,7 @@ def step_page(record: Record) -> str:
     for row in step_rows_of(found):
         if not row.skipped:
             note = f"```\n{row.note}\n```\n\n" if row.note else ""
-            phases = (
-                phases_table(row) if row.parts else "The profiled step was not like those that were timed.\n"
-            )
+            phases = phases_table(row) if row.parts else NO_PARTS
             parts.append(f"## {', '.join(_short(row))}\n\n{note}{phases}")
     return "\n".join(parts)
 

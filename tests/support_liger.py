@@ -59,8 +59,9 @@ class Alive(TorchDispatchMode):
                 self.made[reference.cdata] = reference, storage.nbytes()
         return out
 
-    def bytes(self) -> int:
-        gc.collect()
+    def bytes(self, collect: bool = True) -> int:
+        if collect:
+            gc.collect()
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 

@@ -1,5 +1,6 @@
 """Checkpointing modes: what is kept, what runs again, and the estimate that chooses between them."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -8,6 +9,8 @@ from families import case_of, tiny_family
 from families import step as family_step
 from support_hf import assert_close, tiny_model, tokens
 from support_liger import Alive, step
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import fastexperts
 from fastexperts import cpu, ops
@@ -69,9 +72,18 @@ def test_two_forwards_before_their_backwards_keep_apart_what_is_kept(mode):
     assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
 
 
+class Counting(ops.ResultsThrough):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def through(self, compute):
+        self.calls += 1
+        return compute()
+
+
 def test_what_gives_results_ends_with_its_context_also_by_an_error():
-    seen = []
-    through = ops.ResultsThrough(lambda compute: seen.append(1) or compute())
+    through = Counting()
     x, ids, weight = torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     call = partial(fastexperts.moe_mlp, x, ids, weight, torch.randn(2, 8, 8), torch.randn(2, 8, 4))
     with through:
@@ -82,7 +94,56 @@ def test_what_gives_results_ends_with_its_context_also_by_an_error():
     with pytest.raises(FastexpertsError), through:
         call(activation="none such")
     call()
-    assert len(seen) == 3
+    assert through.calls == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_waits_for_the_collector_of_cycles(mode):
+    """After a step, what was kept; after the model, all that it had."""
+    gc.collect()
+    gc.disable()
+    try:
+        with Alive() as alive:
+            model = model_in("qwen3_moe", mode)
+            data, sizes = batch(), []
+            for _ in range(3):
+                step(model, data)
+                sizes.append(alive.bytes(collect=False))
+            assert sizes[0] == sizes[1] == sizes[2]
+            assert not any(issubclass(type(o), ops.ResultsThrough) for o in gc.get_objects())
+            parameters = [StorageWeakRef(p.untyped_storage()) for p in model.parameters()]
+            del model
+            gc.collect()  # modules are cycles
+        assert all(parameter.expired() for parameter in parameters)
+    finally:
+        gc.enable()
+
+
+def test_what_a_layer_writes_over_is_not_given_again():
+    x, w1, w2 = torch.randn(3, 8, requires_grad=True), torch.randn(2, 8, 8), torch.randn(2, 8, 4)
+    ids, weight = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+
+    def layer(x):
+        out = fastexperts.moe_mlp(x, ids, weight, w1, w2)
+        out += x
+        return out.sin()
+
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=recompute.keep_experts)
+    with pytest.raises(FastexpertsError, match="checkpoint='full'"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_compiled_whole(mode):
+    """torch.compile takes policies for checkpoints, and no other contexts."""
+    torch._dynamo.reset()
+    expected = step(model_in("qwen3_moe", "off"), batch())
+    model = model_in("qwen3_moe", mode)
+    compiled = torch.compile(model, backend="aot_eager")
+    loss = compiled(**batch(), use_cache=False).loss
+    loss.backward()
+    got = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    assert_close(got, expected)
 
 
 def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):

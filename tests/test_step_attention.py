@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import threading
 
 import pytest
 import torch
@@ -113,6 +114,44 @@ def test_what_the_caller_restricts_stays():
         during = attention.guarded(lambda *args, **kwargs: allowed(), None, q, q, q, mask)
         assert during == allowed()
         assert during[:4] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "during"),
+    [
+        ([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], [False, False, False, True]),
+        ([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], [False, False, True, False]),
+        ([SDPBackend.CUDNN_ATTENTION], [True, False, False, False]),
+    ],
+    ids=["cudnn and math", "cudnn and efficient", "cudnn alone"],
+)
+def test_no_kernel_that_the_caller_switched_off_comes_back(kinds, during):
+    q, mask = torch.empty(1, 1, ERRS, 8), torch.ones(1, 1, ERRS, ERRS, dtype=torch.bool)
+    with sdpa_kernel(kinds):
+        before = allowed()
+        assert attention.guarded(lambda *args, **kwargs: allowed(), None, q, q, q, mask)[:4] == during
+        assert allowed() == before
+
+
+def test_of_threads_that_are_inside_at_once_the_last_puts_cudnn_back():
+    q, mask = torch.empty(1, 1, ERRS, 8), torch.ones(1, 1, ERRS, ERRS, dtype=torch.bool)
+    before, seen = allowed(), []
+    first_in, second_out = threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        first_in.set()
+        assert second_out.wait(10)
+        seen.append(allowed()[0])
+
+    thread = threading.Thread(target=attention.guarded, args=(slow, None, q, q, q, mask))
+    thread.start()
+    assert first_in.wait(10)
+    attention.guarded(lambda *args, **kwargs: seen.append(allowed()[0]), None, q, q, q, mask)
+    seen.append(allowed()[0])
+    second_out.set()
+    thread.join()
+    assert seen == [False, False, False]
+    assert allowed() == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -30,25 +30,28 @@ EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
 PRIMALS = 4  # x, weight, w1, w2: what is always differentiated
 
 Results = tuple[Tensor, ...]
-Through = Callable[[Callable[..., Results]], Results]
 _thread = threading.local()
 
 
 class ResultsThrough(contextlib.AbstractContextManager[None]):
-    """In this thread and context, what the op gives is through(compute). `compute()` computes it, and
-    `compute(unread=True)` with NaN in the place of the output, without w2 and combine. May be entered again.
+    """In this thread and context, what the op gives is what `through` gives. May be entered again.
 
     For what checkpoints do in the place of a computation, below autograd: a dispatch mode would see every
     operation of a layer, in Python.
     """
 
-    def __init__(self, through: Through) -> None:
-        self.through = through
-        self._before: list[Through | None] = []
+    def __init__(self) -> None:
+        self._before: list[Callable[..., Results] | None] = []
+
+    def through(self, compute: Callable[..., Results]) -> Results:
+        """`compute()` computes the results, `compute(unread=True)` with NaN in the place of the output,
+        without w2 and combine.
+        """
+        raise NotImplementedError
 
     def __enter__(self) -> None:
         self._before.append(getattr(_thread, "through", None))
-        _thread.through = self.through
+        _thread.through = self.through  # bound here: an object that held it would hold itself
 
     def __exit__(self, *_: object) -> None:
         _thread.through = self._before.pop()
@@ -168,7 +171,7 @@ def _moe_mlp(
             layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
             return *forward(x_TD, layer, keep_h, unread), *routing.tensors
 
-    through: Through | None = getattr(_thread, "through", None)
+    through: Callable[..., Results] | None = getattr(_thread, "through", None)
     return compute() if through is None else through(compute)  # type: ignore[return-value]
 
 

@@ -14,6 +14,7 @@ which is another to the instance (scoped.py): its name, by which models and trai
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -82,11 +83,43 @@ def guarded(
     call = functools.partial(sdpa, module, query, key, value, attention_mask, *args, **kwargs)
     if not cudnn_errs(query, key, attention_mask, kwargs.get("position_bias")):
         return call()
-    # What the caller has restricted stays so; torch.compile cannot read it, and traces the context.
-    if not torch.compiler.is_compiling() and not torch.backends.cuda.cudnn_sdp_enabled():
+    if torch.compiler.is_compiling():  # which cannot read what the caller has restricted, and traces this
+        with sdpa_kernel(OTHERS):
+            return call()
+    with _without_cudnn:
         return call()
-    with sdpa_kernel(OTHERS):
-        return call()
+
+
+class _WithoutCudnn:
+    """sdpa without cuDNN's kernel, all else as it was; as it was, too, where there would be none without it.
+
+    The switch is the process's: of threads that are inside at once, the last one out puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._was_on = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        switches = torch.backends.cuda
+        with self._lock:
+            if self._inside == 0:
+                others = (
+                    switches.flash_sdp_enabled(),
+                    switches.mem_efficient_sdp_enabled(),
+                    switches.math_sdp_enabled(),
+                )
+                self._was_on = switches.cudnn_sdp_enabled()
+                switches.enable_cudnn_sdp(self._was_on and not any(others))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self._was_on)
+
+
+_without_cudnn = _WithoutCudnn()
 
 
 def cudnn_errs(query: Tensor, key: Tensor, *masks: Tensor | None) -> bool:

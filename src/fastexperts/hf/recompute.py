@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fastexperts import ops
+from fastexperts.errors import refuse
 from fastexperts.hf import liger, unread
 from fastexperts.hf.inventory import Row, interface_modules, row_of, unwrapped
 from fastexperts.hf.swiglu import PROJECTIONS
@@ -189,32 +191,44 @@ class KeptExperts(ops.ResultsThrough):
     """Keeps what our op gives, of which `again` is the context that gives it again, in the same order."""
 
     def __init__(self) -> None:
-        super().__init__(self._keep)
-        self._kept: list[ops.Results] = []
+        super().__init__()
+        self._kept: list[tuple[ops.Results, list[int]]] = []
 
-    def _keep(self, compute: Callable[..., ops.Results]) -> ops.Results:
-        self._kept.append(compute())
-        return _apart(self._kept[-1])
+    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
+        results = compute()
+        self._kept.append((results, _versions(results)))
+        return _apart(results)
 
     def again(self) -> ops.ResultsThrough:
         return _Again(self._kept)
 
 
 class _Again(ops.ResultsThrough):
-    def __init__(self, kept: list[ops.Results]) -> None:
-        super().__init__(self._give)
+    def __init__(self, kept: list[tuple[ops.Results, list[int]]]) -> None:
+        super().__init__()
         self._kept, self._each = kept, iter(kept)
 
     def __enter__(self) -> None:
         self._each = iter(self._kept)
         super().__enter__()
 
-    def _give(self, _: Callable[..., ops.Results]) -> ops.Results:
-        return _apart(next(self._each))
+    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
+        results, versions = next(self._each)
+        if _versions(results) != versions:
+            raise refuse(
+                "optimize",
+                "checkpoint",
+                got="keep-experts, and a layer that writes over what its experts gave",
+                needs="layers that leave it as it is: it is given again in the backward",
+                way_out="Pass checkpoint='full'.",
+            )
+        return _apart(results)
 
 
 def keep_experts() -> tuple[Any, Any]:
     """The contexts of a checkpoint that keeps what our op gives; metrics/mfu.py knows it by its name."""
+    if unread.compiling():
+        return unread.policy_contexts(CheckpointPolicy.MUST_SAVE)
     kept = KeptExperts()
     return kept, kept.again()
 
@@ -222,3 +236,8 @@ def keep_experts() -> tuple[Any, Any]:
 def _apart(results: ops.Results) -> ops.Results:
     """The same memory in tensors of their own: autograd writes on those that an op gives."""
     return tuple(tensor.detach() for tensor in results)
+
+
+def _versions(results: ops.Results) -> list[int]:
+    """How often each was written over, by whichever tensor."""
+    return [tensor._version for tensor in results]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from fastexperts import ops
 from fastexperts.hf.compare import has_data
@@ -22,14 +23,32 @@ from fastexperts.hf.compare import has_data
 TOKENS = 4
 
 
-def _without_output(compute: Callable[..., ops.Results]) -> ops.Results:
+class _Unread(ops.ResultsThrough):
     """Our layer gives NaN as its output, and all that its own backward needs."""
-    return compute(unread=True)
+
+    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
+        return compute(unread=True)
 
 
 def contexts() -> tuple[Any, Any]:
     """The contexts of a checkpoint (forward, computed again) of a layer that `unread_layers` gave."""
-    return contextlib.nullcontext(), ops.ResultsThrough(_without_output)
+    if compiling():
+        return policy_contexts(CheckpointPolicy.PREFER_RECOMPUTE)
+    return contextlib.nullcontext(), _Unread()
+
+
+def compiling() -> bool:
+    """Whether torch.compile traces: it asks for the contexts while it does, and takes policies alone."""
+    return torch._guards.TracingContext.try_get() is not None
+
+
+def policy_contexts(ours: CheckpointPolicy) -> tuple[Any, Any]:
+    """Contexts for torch.compile, in which `ours` becomes of our op and everything else is computed again."""
+
+    def policy(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        return ours if op is torch.ops.fastexperts.moe_mlp.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def skip(layers: list[Any]) -> None:
@@ -60,10 +79,10 @@ def unread_layers(model: Any, layers: list[nn.Module]) -> list[nn.Module]:
             given.add(id(layer))
         return tree_map(_without_nan, output)  # what the next layer gets is no matter of this one
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # Nothing is packed: no backward comes, and an output that its own node kept would never be freed.
         if running and _has_nan(tensor):
             kept.add(running[-1])
-        return tensor
 
     hooks = [layer.register_forward_pre_hook(enter) for layer in layers]
     hooks += [layer.register_forward_hook(leave) for layer in layers]
@@ -72,7 +91,7 @@ def unread_layers(model: Any, layers: list[nn.Module]) -> list[nn.Module]:
     try:
         with (
             _all_trained(model),
-            ops.ResultsThrough(_without_output),
+            _Unread(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed),
         ):
             model(input_ids=ids, use_cache=False)
