@@ -343,9 +343,9 @@ def step_sections(records: dict[str, Record]) -> str:
     for name, record in records.items():
         if "model" in record:
             text += f"\n## A training step: {name.removeprefix('model-')}\n\n{step_section(name, record)}"
-    for record in records.values():
+    for name, record in records.items():
         if "trainer" in record:
-            cut = record["trainer"]["cut"]
+            cut = name.removeprefix("trainer-")
             text += f"\n## A training step in TRL's SFTTrainer: {cut}\n\n{trainer_section(record)}"
     for record in records.values():
         if "curves" in record:
