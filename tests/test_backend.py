@@ -63,7 +63,7 @@ def test_opcheck_of_the_layer(keep_h, grad, more, either):
     inputs = build(CASE)
     tensors = [t.requires_grad_(grad) for t in (inputs.x, inputs.weight, inputs.w1, inputs.w2)]
     how = (extras(grad) if more else [], "silu", [*CASE.act.params, *[2.0, 0.5] * more], torch.float32)
-    call = (tensors[0], inputs.ids, *tensors[1:], *how, keep_h or grad, False)
+    call = (tensors[0], inputs.ids, *tensors[1:], *how, keep_h or grad)
     result = torch.library.opcheck(torch.ops.fastexperts.moe_mlp.default, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
 
