@@ -35,7 +35,7 @@ CONSUMER_WARPS = 4
 REGISTERS = gl.constexpr(504)  # a thread of each of the three warp groups, together
 BLOCK_M, BLOCK_N, BLOCK_K = 128, 256, 64
 SLICE = gl.constexpr(64)  # columns of an epilogue's step: 128 bytes of bf16, the swizzle's width
-CLAIM, CLAIM_SLOTS = gl.constexpr(128), gl.constexpr(2)
+CLAIM, CLAIM_SLOTS = gl.constexpr(128), gl.constexpr(2)  # integers of a slot: one a thread of four warps
 END = gl.constexpr(FAR)  # bound of a ragged descriptor's rows
 
 
