@@ -115,10 +115,11 @@ def phases_table(row: StepRow) -> str:
 def describe_cut(found: Record) -> str:
     shape = f"{found['layers']} of {found['full_layers']} layers, {found['moe_layers']} of them with"
     peak = f" MFU is of {found['peak_tflops']:,.1f} TFLOP/s." if found["peak_tflops"] else ""
+    caveat = f"\n{found['caveat']}" if "caveat" in found else ""  # said afterwards, not by the run
     return f"""\
 {found["cut"]} ({found["model_type"]}): {shape} {found["experts"]} experts; {found["parameters"]:,}
 parameters, {found["active_parameters"]:,} active; random weights; a step has
-{found["batch"]} x {found["length"]:,} tokens.{peak}
+{found["batch"]} x {found["length"]:,} tokens.{peak}{caveat}
 """
 
 

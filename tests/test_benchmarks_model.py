@@ -367,6 +367,13 @@ def test_a_profile_that_is_none_of_the_timed_steps_is_left_out():
     assert page.count(model_report.NO_PARTS) == 1
 
 
+def test_what_is_wrong_with_a_record_is_said_on_its_page():
+    found = step.describe(QWEN, 989.4e12) | {"steps": 10, "dense": DENSE, "rows": [asdict(DEFAULT)]}
+    said = "Peaks hold models of earlier rows."
+    for record, times in ((found, 0), (found | {"caveat": said}, 1)):
+        assert model_report.step_page({"environment": ENVIRONMENT, "model": record}).count(said) == times
+
+
 def test_pages_of_steps():
     left = results.StepRow(backend="fastexperts", mode="lora", skipped="CUDA out of memory")
     kept = replace(OURS, checkpoint="keep-experts", weights="fp32", parts={"experts": {FORWARD: 1.0}})

@@ -19,7 +19,7 @@ def test_every_fault_is_one_place_in_the_source():
 
 
 # Gluon has no interpreter: tests/test_gpu.py runs these on a Hopper GPU
-HOPPER = {"kernels/ring.py", "kernels/hopper_mm.py", "kernels/hopper_dw.py"}
+HOPPER = {f"kernels/{name}.py" for name in ("ring", "hopper_mm", "hopper_epilogues", "hopper_dw")}
 
 
 def test_every_kernel_has_one():
