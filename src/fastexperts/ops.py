@@ -138,12 +138,28 @@ def restored(
         bias1, bias2 = (bias if bias.numel() else None for bias in extras[:2])
         _, _, a1, b1, a2, b2 = extras
         loras = (Lora(a1, b1, scale1), Lora(a2, b2, scale2))
-        lora1, lora2 = (lora.packed(dtype) if lora.a.numel() else None for lora in loras)
+        lora1, lora2 = (_packed(lora, dtype) if lora.a.numel() else None for lora in loras)
         # none is rounded to another's: the sums are cast to each factor's own
         own = [factor.dtype for factor in (a1, b1, a2, b2) if factor.numel()]
         factors = functools.reduce(torch.promote_types, own, dtype)
     activation = Activation.of(act, params)
     return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, lora1, lora2, routing, activation, dtype, factors)
+
+
+def _packed(lora: Lora, dtype: torch.dtype) -> Lora:
+    """The factors as kernels read them: in `dtype`, ranks padded, columns adjacent, the scale in `a`."""
+    ops, (experts, rank, dim_in) = backend.load(lora.a.device), lora.a.shape
+    padded = rank + -rank % RANK_STEP
+    a_ERK = lora.a.new_empty((experts, padded, dim_in), dtype=dtype)
+    b_ENR = lora.b.new_empty((*lora.b.shape[:2], padded), dtype=dtype)
+    return Lora(ops.copy_scaled(lora.a, a_ERK, lora.scale), ops.copy_scaled(lora.b, b_ENR))
+
+
+def _unpacked(grad: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
+    """The gradient of `factor`, laid out as it is, from that of what `_packed` made of it."""
+    if not grad.numel():
+        return grad
+    return backend.load(grad.device).copy_scaled(grad, torch.empty_like(factor), scale)
 
 
 @op("moe_mlp")
@@ -219,32 +235,24 @@ def _moe_mlp_backward(
     with backend.current(x_TD.device):
         layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
         found = backward(dout_TD, x_TD, layer, kept[:3], every)
-    grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
-    if not extras:
-        return grads
-    *others, da1, db1, da2, db2 = grads
-    _, _, a1, b1, a2, b2 = extras
-    scale1, scale2 = numbers[-2:]
-    db2 = _unpacked(db2.mT, b2.mT).mT if db2.numel() else db2
-    return [*others, _unpacked(da1, a1, scale1), _unpacked(db1, b1), _unpacked(da2, a2, scale2), db2]
-
-
-def _unpacked(grad: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
-    """The gradient of `factor`, contiguous, from that of what `Lora.packed` made of it."""
-    if not grad.numel():
-        return grad
-    own = grad[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype).contiguous()
-    return own.mul_(scale) if scale != 1.0 else own
+        grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
+        if not extras:
+            return grads
+        *others, da1, db1, da2, db2 = grads
+        _, _, a1, b1, a2, b2 = extras
+        scale1, scale2 = numbers[-2:]
+        factors = (_unpacked(da1, a1, scale1), _unpacked(db1, b1), _unpacked(da2, a2, scale2))
+        return [*others, *factors, _unpacked(db2, b2)]
 
 
 @_moe_mlp_backward.fake
 def _(dout_TD: Tensor, primals: list[Tensor], *others: Any) -> list[Tensor]:
     needs = others[-1]
     x_TD, weight_TK, w1_EGD, w2_EDF, *extras = primals
-    strided = [torch.empty_like(w) for w in (w1_EGD, w2_EDF)]  # as the parameters; the others are contiguous
-    grads = [x_TD.new_empty(x_TD.shape), weight_TK.new_empty(weight_TK.shape), *strided]
-    grads += [extra.new_empty(extra.shape) for extra in extras[:-1]]
-    grads += [b2.new_empty(b2.mT.shape).mT for b2 in extras[-1:]]  # but this, [E, r, D] (moe.backward)
+    grads = [new.new_empty(new.shape) for new in (x_TD, weight_TK)]
+    grads += [torch.empty_like(w) for w in (w1_EGD, w2_EDF)]  # laid out as the parameters
+    grads += [bias.new_empty(bias.shape) for bias in extras[:2]]
+    grads += [torch.empty_like(factor) for factor in extras[2:]]
     return [grad if need else x_TD.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
 
 
