@@ -29,19 +29,22 @@ EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
 """What the two projections may have beside their weights: all of them, or none."""
 PRIMALS = 4  # x, weight, w1, w2: what is always differentiated
 
+NAME = "moe_mlp"
 Results = tuple[Tensor, ...]
 _thread = threading.local()
 
 
 class ResultsThrough(contextlib.AbstractContextManager[None]):
-    """In this thread and context, what the op gives is what `through` gives. May be entered again.
+    """In this thread and context, what the ops named in `of` give is what `through` gives. May be entered
+    again.
 
     For what checkpoints do in the place of a computation, below autograd: a dispatch mode would see every
     operation of a layer, in Python.
     """
 
-    def __init__(self) -> None:
-        self._before: list[Callable[..., Results] | None] = []
+    def __init__(self, of: Sequence[str] = (NAME,)) -> None:
+        self._of = of
+        self._before: list[dict[str, Callable[..., Results]]] = []
 
     def through(self, compute: Callable[..., Results]) -> Results:
         """`compute()` computes the results, `compute(unread=True)` with NaN in the place of the output,
@@ -50,11 +53,21 @@ class ResultsThrough(contextlib.AbstractContextManager[None]):
         raise NotImplementedError
 
     def __enter__(self) -> None:
-        self._before.append(getattr(_thread, "through", None))
-        _thread.through = self.through  # bound here: an object that held it would hold itself
+        self._before.append(_throughs())
+        # bound here: an object that held it would hold itself
+        _thread.throughs = _throughs() | dict.fromkeys(self._of, self.through)
 
     def __exit__(self, *_: object) -> None:
-        _thread.through = self._before.pop()
+        _thread.throughs = self._before.pop()
+
+
+def _throughs() -> dict[str, Callable[..., Results]]:
+    return getattr(_thread, "throughs", {})
+
+
+def through_of(op: str) -> Callable[[Callable[..., Results]], Results] | None:
+    """What this thread's `ResultsThrough` does with the results of `op`, if there is one."""
+    return _throughs().get(op)
 
 
 def moe_mlp(
@@ -162,7 +175,7 @@ def _unpacked(grad: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
     return backend.load(grad.device).copy_scaled(grad, torch.empty_like(factor), scale)
 
 
-@op("moe_mlp")
+@op(NAME)
 def _moe_mlp(
     x_TD: Tensor,
     ids_TK: Tensor,
@@ -187,7 +200,7 @@ def _moe_mlp(
             layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
             return *forward(x_TD, layer, keep_h, unread), *routing.tensors
 
-    through: Callable[..., Results] | None = getattr(_thread, "through", None)
+    through = through_of(NAME)
     return compute() if through is None else through(compute)  # type: ignore[return-value]
 
 

@@ -225,7 +225,7 @@ def _mm_consumer(
                 acc = _multiply(acc, more_a, more_w, SIDE, ROWS, KN)
                 mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
                 slot, phase = advance(slot, phase, STAGES)
-        for _ in range(0, gl.where(live, 0, gl.cdiv(K, BK) + R // RK)):
+        for _ in range(gl.where(live, 0, gl.cdiv(K, BK) + R // RK)):
             mbarrier.wait(full.index(slot), phase)
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = advance(slot, phase, STAGES)
