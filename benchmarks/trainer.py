@@ -5,7 +5,8 @@
 TRL's defaults are fp32 weights under bf16 autocast, gradient checkpointing, clipped gradients, a loss whose
 logits are made in chunks, and a log every 10 steps, of which the first is for warming up. Its AdamW is left
 out: the fp32 state of a cut would not fit the card.
-With optimize, the experts' results are kept and the rest is recomputed: `auto` would count AdamW's state.
+With optimize, what experts and attention gave is kept and the rest recomputed: `auto` would count AdamW's
+state.
 
 A machine with torch, transformers and PEFT alone, and without a network, takes these wheels along, by
 `pip install --no-deps --target FOLDER` and PYTHONPATH=FOLDER:src: trl==1.16.0 datasets==5.2.0 dill==0.4.1
@@ -81,7 +82,9 @@ def trainings(
 
     peak = card_peak(device)
     record = describe(cut, peak) | {"steps": steps, "trl": trl.__version__}
-    wanted = dict.fromkeys(Case(case.mode, "fp32", case.backend, checkpoint="keep-experts") for case in cases)
+    wanted = dict.fromkeys(
+        Case(case.mode, "fp32", case.backend, checkpoint="keep-attention") for case in cases
+    )
     rows: list[TrainerRow] = []
     for case, fits in budget.spend(wanted):
         values = values_of(partial(train, cut, case, steps, device, peak)) if fits else NO_TIME
