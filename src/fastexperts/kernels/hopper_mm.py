@@ -80,15 +80,15 @@ def _load_w(
 
 
 @gluon.jit
-def _expect(bar, both, WHOLE: gl.constexpr, HALF: gl.constexpr):
-    """Announce WHOLE columns of bytes, or without `both` halves of A those of HALF."""
-    mbarrier.expect(bar, WHOLE, pred=both)
-    mbarrier.expect(bar, HALF, pred=both == 0)
+def _expect(bar, both, BM: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr):
+    """Announce the bytes of `_load_a` and `_load_w`, WIDTH of the contraction."""
+    mbarrier.expect(bar, (BM + BN) * WIDTH * 2, pred=both)
+    mbarrier.expect(bar, (BM // CONSUMERS + BN) * WIDTH * 2, pred=both == 0)
 
 
 @gluon.jit
 def _load_a(a, row0, k0, bar, a_s, both, BM: gl.constexpr):
-    """Block [BM, columns] of rows; the second consumer's only if `both` are there."""
+    """Block of BM rows from row0 on; the second consumer's half only if `both` consumers have rows."""
     HALF: gl.constexpr = BM // CONSUMERS
     tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.slice(0, HALF))
     tma.async_copy_global_to_shared(a, [row0 + HALF, k0], bar, a_s.slice(HALF, HALF), pred=both)
@@ -105,7 +105,6 @@ def _mm_producer(
     more_a_s, more_w_s = more_ring
     h_s, h_full, h_empty = h_ring
     WARPS: gl.constexpr = 4 if GATHER else 1
-    HALF: gl.constexpr = BM // CONSUMERS
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     BN_OUT: gl.constexpr = BN // (PARTS * SPREAD)
     num_n = gl.cdiv(N, BN_OUT)
@@ -121,7 +120,7 @@ def _mm_producer(
         pair = gl.load(p_pair_of_row + row0 + o_m, mask=row0 + o_m < end, other=0)
     while i_tile < num_m * num_n:
         n0 = i_n * BN_OUT
-        both = row0 + HALF < end
+        both = row0 + BM // CONSUMERS < end
         if GATHER:
             p_a = a + ((pair // TOP_K).to(gl.int64) * stride_a)[:, None] + o_k[None, :]
             m_m = gl.expand_dims(row0 + o_m < end, 1)
@@ -138,7 +137,7 @@ def _mm_producer(
             if GATHER:
                 mbarrier.expect(bar, BN * BK * 2)
             else:
-                _expect(bar, both, (BM + BN) * BK * 2, (HALF + BN) * BK * 2)
+                _expect(bar, both, BM, BN, BK)
             _load_w(w, i_e, k0, SPREAD * n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
             if GATHER:
                 if EVEN_K:
@@ -153,7 +152,7 @@ def _mm_producer(
         for r0 in gl.static_range(0, R, RK):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
-            _expect(bar, both, (BM + BN) * RK * 2, (HALF + BN) * RK * 2)
+            _expect(bar, both, BM, BN, RK)
             more_slot = slot * (BK // RK)
             _load_w(more_w, i_e, r0, SPREAD * n0, bar, more_w_s.index(more_slot), BN, RK, PARTS, KN)
             _load_a(more_a, row0, r0, bar, more_a_s.index(more_slot), both, BM)
