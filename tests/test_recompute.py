@@ -10,8 +10,9 @@ from families import step as family_step
 from support_hf import assert_close, tiny_model, tokens
 from support_liger import Alive, step
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastexperts
 from fastexperts import cpu, ops
@@ -21,7 +22,7 @@ from fastexperts.hf.recompute import MODES, Estimate, Kept, estimate
 from fastexperts.metrics.mfu import kept, recomputed_share
 
 FAMILIES = ["qwen3_moe", "deepseek_v3"]
-KEPT = {"keep-experts": {"experts"}, "keep-attention": {"experts", "attention"}}
+KEPT = {"keep-experts": {"moe_mlp"}, "keep-attention": {"moe_mlp", "attention"}}
 
 
 def model_in(family, mode, **overrides):
@@ -97,7 +98,7 @@ class Counting(ops.ResultsThrough):
         super().__init__()
         self.calls = 0
 
-    def through(self, compute):
+    def through(self, op, compute):
         self.calls += 1
         return compute()
 
@@ -148,7 +149,7 @@ def test_what_a_layer_writes_over_is_not_given_again():
         out += x
         return out.sin()
 
-    y = checkpoint(layer, x, use_reentrant=False, context_fn=recompute.keep_experts)
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=recompute.CONTEXTS["keep-experts"])
     with pytest.raises(FastexpertsError, match="checkpoint='full'"):
         y.sum().backward()
 
@@ -358,14 +359,58 @@ def test_with_a_mask_attention_is_computed_again():
     assert_close(results["keep-attention"], results["off"], 0)
 
 
-def test_attention_that_cannot_be_kept_is_refused_and_not_chosen(monkeypatch):
-    monkeypatch.setattr(recompute, "free_memory", lambda where: 2**20)
-    model = tiny_model("qwen3_moe", "eager", attn_implementation="eager")
-    fastexperts.enable(model, verbose=False)
-    with pytest.raises(FastexpertsError, match="'keep-attention' for Qwen3MoeForCausalLM with eager"):
-        recompute.apply(model, "keep-attention")
+def patched():
     model = tiny_model("qwen3_moe", "eager")
     module = model.model.layers[0].self_attn
     module.forward = module.forward  # as another library's
-    summary = fastexperts.optimize(model, tokens=130, verbose=False)
-    assert summary.checkpoint == "keep-experts"
+    return model
+
+
+def on_eager():
+    return tiny_model("qwen3_moe", "eager", attn_implementation="eager")
+
+
+@pytest.mark.parametrize(("make", "options", "with_what"), [
+    (on_eager, {"parts": {"attention": False}}, "attention by eager"),
+    (patched, {}, r"a forward put on the instance of model\.layers\.0\.self_attn"),
+])  # fmt: skip
+def test_attention_that_cannot_be_kept_is_refused_before_anything_changes(make, options, with_what):
+    model = make()
+    with pytest.raises(FastexpertsError, match=f"'keep-attention' for Qwen3MoeForCausalLM with {with_what}"):
+        fastexperts.optimize(model, checkpoint="keep-attention", verbose=False, **options)
+    assert model.config._experts_implementation == "eager"
+
+
+def test_attention_that_cannot_be_kept_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(recompute, "free_memory", lambda where: 2**20)
+    assert fastexperts.optimize(patched(), tokens=130, verbose=False).checkpoint == "keep-experts"
+    switched = on_eager()  # the part attention takes it to sdpa
+    assert fastexperts.optimize(switched, tokens=130, verbose=False).checkpoint == "keep-attention"
+
+
+def test_restored_attention_is_kept_no_longer():
+    model = tiny_model("qwen3_moe", "eager")
+    summary = fastexperts.optimize(model, checkpoint="keep-attention", verbose=False)
+    assert "attention with a mask" in str(summary)
+    assert kept(model) == KEPT["keep-attention"]
+    fastexperts.hf.optimize.restore(model)
+    assert kept(model) == KEPT["keep-experts"]
+    with Attentions() as attentions:
+        step(model, batch())
+    assert attentions.calls == 4
+
+
+def test_on_the_meta_device_attention_is_as_always():
+    query = torch.empty(1, 4, 8, 16, device="meta", requires_grad=True)
+    with kept_attention.KeptSdpa():
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert torch.autograd.grad(out.sum(), query)[0].shape == query.shape
+
+
+def test_attention_that_runs_another_way_the_second_time_is_pytorchs_error():
+    """Never the results of another op."""
+    model = model_in("qwen3_moe", "keep-attention")
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = model(**batch()).loss
+    with pytest.raises(CheckpointError):
+        loss.backward()

@@ -46,16 +46,16 @@ class ResultsThrough(contextlib.AbstractContextManager[None]):
         self._of = of
         self._before: list[dict[str, Callable[..., Results]]] = []
 
-    def through(self, compute: Callable[..., Results]) -> Results:
-        """`compute()` computes the results, `compute(unread=True)` with NaN in the place of the output,
-        without w2 and combine.
+    def through(self, op: str, compute: Callable[..., Results]) -> Results:
+        """`compute()` computes the results of `op`; our layer's `compute(unread=True)`, with NaN in the place
+        of the output, without w2 and combine.
         """
         raise NotImplementedError
 
     def __enter__(self) -> None:
         self._before.append(_throughs())
         # bound here: an object that held it would hold itself
-        _thread.throughs = _throughs() | dict.fromkeys(self._of, self.through)
+        _thread.throughs = _throughs() | {op: functools.partial(self.through, op) for op in self._of}
 
     def __exit__(self, *_: object) -> None:
         _thread.throughs = self._before.pop()

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Interface:
         return self._guarded(name, self.forward.__globals__[INTERFACE][name])
 
     def __str__(self) -> str:
-        return GUARDED
+        return GUARDED if self.guards else ON_CPU
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name != "sdpa":
@@ -164,31 +164,43 @@ def forward_of(module: Any, where: str) -> ScopedForward:
 
 
 def keep(model: Any) -> None:
-    """Let the attention of `model` give what a checkpoint kept of it; raises FastexpertsError where it has no
-    sdpa that could, or another library changed it.
+    """Let the attention of `model` give what a checkpoint kept of it; raises FastexpertsError where it
+    cannot.
     """
-    if not keepable(model):
-        raise refuse(
-            "optimize",
-            "checkpoint",
-            got=f"'keep-attention' for {type(model).__name__} with {model.config._attn_implementation}",
-            needs="attention by PyTorch's sdpa that finds its function in transformers' interface",
-            way_out="Pass checkpoint='keep-experts'.",
-        )
+    check_keepable(model)
     where = liger.device_type(model)
-    found: Iterable[Any] = candidates(model).values()
-    for module in found:
-        before = vars(module).get("forward")
-        guards = isinstance(before, ScopedForward) and INTERFACE in before.others
-        interface = Interface(type(module).forward, guards, keeps=True)
+    for module in candidates(model).values():
+        put: Any = vars(module).get("forward")
+        before = put.others.get(INTERFACE) if isinstance(put, ScopedForward) else None
+        guards = isinstance(before, Interface) and before.guards
+        interface = Interface(cast(Any, type(module).forward), guards, keeps=True)
         ScopedForward(module, where, {INTERFACE: interface}).put()
+
+
+def check_keepable(model: Any, switches: bool = False) -> None:
+    """Raise unless `keep` takes `model`. switches: `choose` comes before."""
+    found, name = candidates(model), model.config.get_text_config()._attn_implementation
+    on_sdpa = name == "sdpa" or (switches and name == "eager" and model._supports_sdpa)
+    patched = [name for name, module in found.items() if liger.is_patched(module)]
+    if on_sdpa and found and not patched:
+        return
+    what = f"a forward put on the instance of {patched[0]}" if on_sdpa and patched else f"attention by {name}"
+    raise refuse(
+        "optimize",
+        "checkpoint",
+        got=f"'keep-attention' for {type(model).__name__} with {what}",
+        needs="PyTorch's sdpa, found in transformers' interface by the forward of the class",
+        way_out="Pass checkpoint='keep-experts'.",
+    )
 
 
 def keepable(model: Any) -> bool:
     """Whether `keep` takes `model`."""
-    found = candidates(model).values()
-    on_sdpa = model.config.get_text_config()._attn_implementation == "sdpa"
-    return on_sdpa and bool(found) and not any(map(liger.is_patched, found))
+    try:
+        check_keepable(model)
+    except FastexpertsError:
+        return False
+    return True
 
 
 def _refusal(cls: str) -> FastexpertsError:

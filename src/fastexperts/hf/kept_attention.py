@@ -45,8 +45,8 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     return out, lse, seed, offset
 
 
-def _cudnn_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *results: Any) -> Results:
-    *kept, causal, scale = results
+def _cudnn_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Results:
+    *kept, causal, scale = rest
     lengths = query.shape[2], key.shape[2]
     no_mask, no_lengths = None, (None, None)
     return aten._scaled_dot_product_cudnn_attention_backward(
@@ -61,8 +61,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     return out, lse, seed, offset
 
 
-def _flash_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *results: Any) -> Results:
-    out, lse, seed, offset, causal, scale = results
+def _flash_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Results:
+    out, lse, seed, offset, causal, scale = rest
     lengths = query.shape[2], key.shape[2]
     return aten._scaled_dot_product_flash_attention_backward(
         dout, query, key, value, out, lse, None, None, *lengths, 0.0, causal, seed, offset, scale=scale
@@ -73,8 +73,8 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: floa
     return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
 
-def _on_cpu_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *results: Any) -> Results:
-    *kept, causal, scale = results
+def _on_cpu_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Results:
+    *kept, causal, scale = rest
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, query, key, value, *kept, 0.0, causal, scale=scale
     )
@@ -115,14 +115,15 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """PyTorch's `scaled_dot_product_attention`."""
+    """PyTorch's `scaled_dot_product_attention`, through a node that asks `ops.through_of` where it can."""
     where = query.device.type
-    if torch.is_autocast_enabled(where):  # as autocast does before it
+    known = any(where == device for device, _ in KERNELS) and attn_mask is None and dropout_p == 0
+    if known and torch.is_autocast_enabled(where):  # as autocast does before it
         dtype = torch.get_autocast_dtype(where)
         query, key, value = (t.to(dtype) if t.dtype != torch.float64 else t for t in (query, key, value))
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    if attn_mask is None and dropout_p == 0 and query.shape[-1] % 8 == value.shape[-1] % 8 == 0:
-        # of other widths flash takes padded copies
+    # of odd widths CUDA's flash takes padded copies
+    if known and (where == "cpu" or query.shape[-1] % 8 == value.shape[-1] % 8 == 0):
         chosen = torch._fused_sdp_choice(*arguments, scale=scale, enable_gqa=enable_gqa)
         kernel = KERNELS.get((where, SDPBackend(chosen)))
         if kernel is not None:
@@ -135,7 +136,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, causal: bool, scale: float | None
     ) -> Tensor:
-        def compute(unread: bool = False) -> Results:
+        def compute() -> Results:
             return tuple(kernel.forward(query, key, value, causal, scale))
 
         through = through_of(ATTENTION)

@@ -161,6 +161,8 @@ def optimize(
     without = sum(recompute.apply(root, mode) for root in roots)
     if without:
         why += f"; {without} layers run again without w2 and combine, whose output no backward reads"
+    if mode == "keep-attention":
+        why += "; attention with a mask (padding, packing, a sliding window) runs again"
     summary = StepSummary((*rows, Part("checkpoint", mode != "off", f"{mode}, {why}")), mode)
     if verbose:
         print(summary)
@@ -170,8 +172,9 @@ def optimize(
 def restore(model: nn.Module) -> int:
     """Give every module of `model` that norms, rotary, shared_experts, adapters, loss or attention changed
     the forward of its class back; returns how many there were. Experts, the name sdpa and checkpointing
-    stay.
+    stay, but for what attention gave: it is kept no longer.
     """
+    recompute.keep_experts_alone(model)
     return liger.restore(model)
 
 
@@ -193,6 +196,9 @@ def _check(roots: list[Any], parts: Mapping[str, bool], checkpoint: str) -> dict
     if checkpoint in {*recompute.KEEP, "full"} and not _checkpoints(roots):
         got, needs = f"{checkpoint!r} for {type(roots[0]).__name__}", "a class with gradient checkpointing"
         raise _refusal("checkpoint", got, needs, "Pass checkpoint='off'.")
+    if checkpoint == "keep-attention":
+        for root in roots:
+            attention.check_keepable(root, switches=wanted["attention"])
     return wanted
 
 

@@ -11,8 +11,9 @@ add that what our op, or sdpa, gave is given again, and nothing else.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,7 +176,9 @@ def kept_of(layer: Any, experts: dict[str, Row], config: Any, size: int) -> Kept
 
 
 def attention_width(config: Any) -> int:
-    """Columns of what attention's heads give, 0 where the config does not tell."""
+    """Columns of what attention's heads give, 0 where the config does not tell: too many for layers of other
+    kinds (linear attention), of which nothing is kept.
+    """
     heads = getattr(config, "num_attention_heads", None) or 0
     widths = [getattr(config, name, None) for name in ("v_head_dim", "head_dim")]
     return heads * (next(filter(None, widths), 0) or config.hidden_size // max(heads, 1))
@@ -207,16 +210,19 @@ def _either(model: Any, what: str) -> Any:
     return new or getattr(model, f"gradient_checkpointing_{what}")
 
 
+Given = dict[str, list[tuple[ops.Results, list[int]]]]
+
+
 class KeptResults(ops.ResultsThrough):
     """Keeps what the ops named in `of` give; `again` is the context that gives it again, in that order."""
 
     def __init__(self, of: Sequence[str]) -> None:
         super().__init__(of)
-        self._kept: list[tuple[ops.Results, list[int]]] = []
+        self._kept: Given = {op: [] for op in of}
 
-    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
+    def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
         results = compute()
-        self._kept.append((results, _versions(results)))
+        self._kept[op].append((results, _versions(results)))
         return _apart(results)
 
     def again(self) -> ops.ResultsThrough:
@@ -224,16 +230,20 @@ class KeptResults(ops.ResultsThrough):
 
 
 class _Again(ops.ResultsThrough):
-    def __init__(self, of: Sequence[str], kept: list[tuple[ops.Results, list[int]]]) -> None:
+    def __init__(self, of: Sequence[str], kept: Given) -> None:
         super().__init__(of)
-        self._kept, self._each = kept, iter(kept)
+        self._kept = kept
+        self._next: dict[str, Iterator[tuple[ops.Results, list[int]]]] = {}
 
     def __enter__(self) -> None:
-        self._each = iter(self._kept)
+        self._next = {op: iter(results) for op, results in self._kept.items()}
         super().__enter__()
 
-    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
-        results, versions = next(self._each)
+    def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
+        kept = next(self._next[op], None)
+        if kept is None:  # a layer that does not do the same again: PyTorch says so
+            return compute()
+        results, versions = kept
         if _versions(results) != versions:
             raise refuse(
                 "optimize",
@@ -245,25 +255,27 @@ class _Again(ops.ResultsThrough):
         return _apart(results)
 
 
-def keep_experts() -> tuple[Any, Any]:
-    """The contexts of a checkpoint that keeps what our op gives; metrics/mfu.py knows it by its name."""
-    return _keep(KEEP["keep-experts"])
-
-
-def keep_attention() -> tuple[Any, Any]:
-    """The same, and what sdpa gives."""
-    return _keep(KEEP["keep-attention"])
-
-
-CONTEXTS = {"keep-experts": keep_experts, "keep-attention": keep_attention}
-
-
-def _keep(of: Sequence[str]) -> tuple[Any, Any]:
+def keep(of: Sequence[str]) -> tuple[Any, Any]:
+    """The contexts of a checkpoint that keeps what the ops named in `of` give; metrics/mfu.py reads `of`."""
     if unread.compiling():
         kernels = kept_attention.OPS if ATTENTION in of else set()
         return unread.policy_contexts(CheckpointPolicy.MUST_SAVE, kernels)
     kept = KeptResults(of)
     return kept, kept.again()
+
+
+def keep_experts_alone(model: nn.Module) -> None:
+    """Where `model` keeps what attention gave, keep what the experts give and no more."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        again: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(again, "keywords", {}).get("context_fn") is CONTEXTS["keep-attention"]:
+            module._gradient_checkpointing_func = functools.partial(
+                again, context_fn=CONTEXTS["keep-experts"]
+            )
+
+
+CONTEXTS = {mode: functools.partial(keep, of=of) for mode, of in KEEP.items()}
 
 
 def _apart(results: ops.Results) -> ops.Results:

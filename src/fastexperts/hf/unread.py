@@ -26,7 +26,7 @@ TOKENS = 4
 class _Unread(ops.ResultsThrough):
     """Our layer gives NaN as its output, and all that its own backward needs."""
 
-    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
+    def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
         return compute(unread=True)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastexperts.kernels.launch import Plan, planned
 from fastexperts.kernels.operands import accumulator
 
+ELEMENTS = 2048  # of a program's block
+
 
 @triton.jit
 def _copy_scaled(
@@ -42,11 +44,14 @@ def _plan(source_EXY: Tensor, out_EXY: Tensor, *, scale: float) -> tuple[Plan, t
 
 
 def _block(source_EXY: Tensor, out_EXY: Tensor) -> list[int]:
-    """2048 elements or 4096, long in the dims whose neighbours are adjacent on either side."""
+    """Of up to ELEMENTS, first in the dims whose neighbours are adjacent, in one tensor or the other."""
     adjacent = {min(range(3), key=tensor.stride) for tensor in (source_EXY, out_EXY)}
-    long, short = (512, 2) if len(adjacent) == 1 else (32, 4)
-    sizes = [long if dim in adjacent else short for dim in range(3)]
-    return [min(size, triton.next_power_of_2(dim)) for size, dim in zip(sizes, out_EXY.shape, strict=True)]
+    block, left = [1, 1, 1], ELEMENTS
+    for dim in sorted(range(2, -1, -1), key=lambda dim: dim not in adjacent):
+        most = min(left, 32) if dim in adjacent and len(adjacent) == 2 else left
+        block[dim] = min(most, triton.next_power_of_2(out_EXY.shape[dim]))
+        left //= block[dim]
+    return block
 
 
 def copy_scaled(source_EXY: Tensor, out_EXY: Tensor, scale: float = 1.0) -> Tensor:

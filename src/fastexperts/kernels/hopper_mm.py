@@ -357,7 +357,7 @@ def plan(
         return [half, step], [1, 1, step, width] if kn else [1, 1, width, step]
 
     rank = more.rows_PR.shape[1] if more else 0
-    rank_k = math.gcd(rank, BLOCK_K) or BLOCK_K  # of a step behind K
+    rank_k = math.gcd(rank, BLOCK_K)  # of a step behind K
     (a_block, w_block), (more_a_block, more_w_block) = blocks(BLOCK_K), blocks(rank_k)
     return Plan(
         _hopper_mm,

@@ -191,7 +191,7 @@ class PerformanceCallback(TrainerCallback):
             parts = {name: part * tokens for name, part in self._flops.fixed.items()}
             scores = sum((each * keys[span] for span, each in self._flops.pairs.items()), Work())
             work = sum(parts.values(), scores)
-            spared = {"experts": parts["experts"].repeated, "attention": scores.repeated}
+            spared = {"moe_mlp": parts["experts"].repeated, "attention": scores.repeated}
             again = work.repeated - sum(spared[name] for name in self._kept)
         hardware = work.total + again * self._recomputed
         tokens_all, model_all, hardware_all = _reduce(args, [tokens, work.total, hardware], "SUM")
@@ -247,17 +247,15 @@ def recomputed_share(model: nn.Module) -> float:
     return len(again) / len(layers) if layers else 0.0
 
 
-_KEPT = {"keep_experts": frozenset({"experts"}), "keep_attention": frozenset({"experts", "attention"})}
-
-
 def kept(model: nn.Module) -> frozenset[str]:
-    """What of a recomputed layer's forward is not computed again: "experts" and "attention" (its scores), by
-    the name of checkpointing's context in hf/recompute.py.
+    """What of a recomputed layer's forward is not computed again, "moe_mlp" and "attention" (its scores):
+    what `keep` of hf/recompute.py, checkpointing's context, was asked for. Attention with a mask runs again
+    all the same, uncounted.
     """
     switched = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
     contexts = (getattr(function, "keywords", {}).get("context_fn") for function in switched)
-    names = [getattr(context, "__name__", "") for context in contexts]
-    return next((_KEPT[name] for name in names if name in _KEPT), frozenset())
+    asked = (getattr(context, "keywords", {}).get("of") for context in contexts)
+    return frozenset(next(filter(None, asked), ()))
 
 
 def _checkpoints(layer: Any) -> bool:
