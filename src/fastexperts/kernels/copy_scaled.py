@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastexperts.kernels.launch import Plan, planned
-from fastexperts.kernels.operands import accumulator
+from fastexperts.kernels.operands import tl_accumulator
 
 ELEMENTS = 2048  # of a program's block
 
@@ -38,7 +38,7 @@ def _copy_scaled(
 def _plan(source_EXY: Tensor, out_EXY: Tensor, *, scale: float) -> tuple[Plan, tuple[int, int, int]]:
     block = _block(source_EXY, out_EXY)
     scalars = (*source_EXY.stride(), *out_EXY.stride(), *source_EXY.shape, *out_EXY.shape[1:])
-    options = dict(SCALE=scale, ACC=accumulator(source_EXY.dtype), BE=block[0], BX=block[1], BY=block[2])
+    options = dict(SCALE=scale, ACC=tl_accumulator(source_EXY.dtype), BE=block[0], BX=block[1], BY=block[2])
     grid = tuple(triton.cdiv(dim, size) for dim, size in zip(out_EXY.shape, block, strict=True))
     return Plan(_copy_scaled, (None,) * 2, scalars, options), grid
 
