@@ -3,7 +3,9 @@
     python benchmarks/compile_time.py --output benchmarks/results/compile-time
 
 Every line of the first table is a process of its own, on an empty or a filled TRITON_CACHE_DIR. A step is
-forward and backward with all gradients of one layer in bf16. Compilations are counted in the caches that
+forward and backward of a scalar loss with all gradients of one layer in bf16, as a training step has it:
+`torch.autograd.grad` with a given gradient of the output would import sympy first, in PyTorch itself.
+Compilations are counted in the caches that
 our kernels hold in memory: one that was found on disk counts as well.
 
 The floor is what Triton itself takes for the first launch of an empty kernel that it finds on disk: its
@@ -70,7 +72,12 @@ def child(shape_name: str, tokens: int, profile: bool = False) -> dict[str, obje
     def step_of(tokens: int, kind: str) -> Callable[[], object]:
         problem = Problem.make(shape, tokens, kind, experts)
         x, weight, w1, w2 = problem.leaves
-        return lambda: problem.backward(fastexperts.moe_mlp(x, problem.ids_TK, weight, w1, w2))
+
+        def step() -> object:
+            out_TD = fastexperts.moe_mlp(x, problem.ids_TK, weight, w1, w2)
+            return torch.autograd.grad(torch.sum(out_TD * problem.dout_TD), problem.leaves)
+
+        return step
 
     step = step_of(tokens, "balanced")
     torch.cuda.synchronize()

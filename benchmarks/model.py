@@ -47,7 +47,12 @@ CASES = (
     *(Case(mode, weights, backend) for weights in DTYPES for mode in MODES for backend in BACKENDS),
     Case(backend=DEFAULT, optimizer=True),
     Case(backend=OPTIMIZED, optimizer=True),
-    *(Case(mode, weights, OPTIMIZED, checkpoint="keep-experts") for weights in DTYPES for mode in MODES),
+    *(
+        Case(mode, weights, OPTIMIZED, checkpoint=checkpoint)
+        for weights in DTYPES
+        for mode in MODES
+        for checkpoint in ("keep-attention", "keep-experts")
+    ),
     Case(backend=DEFAULT, checkpoint="off"),
     Case(backend=OPTIMIZED, checkpoint="off"),
 )

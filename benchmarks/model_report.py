@@ -12,7 +12,12 @@ Found = dict[str, object]
 NO_PARTS = "No profile, or one of a step that was not like those that were timed.\n"
 
 
-RECOMPUTED = {"full": "all", "keep-experts": "all but experts", "off": "nothing"}
+RECOMPUTED = {
+    "full": "all",
+    "keep-experts": "all but experts",
+    "keep-attention": "all but experts and attention",
+    "off": "nothing",
+}
 
 
 def step_rows_of(found: Record) -> list[StepRow]:

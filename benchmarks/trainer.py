@@ -2,9 +2,11 @@
 
     python benchmarks/model.py --trainer --output benchmarks/results
 
-TRL's defaults are fp32 weights under bf16 autocast, gradient checkpointing, clipped gradients, and a loss
-whose logits are made in chunks. Its AdamW is left out: the fp32 state of a cut would not fit the card.
-With optimize, the experts' results are kept and the rest is recomputed: `auto` would count AdamW's state.
+TRL's defaults are fp32 weights under bf16 autocast, gradient checkpointing, clipped gradients, a loss whose
+logits are made in chunks, and a log every 10 steps, of which the first is for warming up. Its AdamW is left
+out: the fp32 state of a cut would not fit the card.
+With optimize, what experts and attention gave is kept and the rest recomputed: `auto` would count AdamW's
+state.
 
 A machine with torch, transformers and PEFT alone, and without a network, takes these wheels along, by
 `pip install --no-deps --target FOLDER` and PYTHONPATH=FOLDER:src: trl==1.16.0 datasets==5.2.0 dill==0.4.1
@@ -15,6 +17,7 @@ liger_kernel==0.8.5 for optimize.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -34,6 +37,7 @@ import fastexperts
 from fastexperts.metrics.flops import count_flops
 from fastexperts.metrics.mfu import PerformanceCallback
 
+LOGGING_STEPS = 10  # TRL's own
 NO_PEAK = 1e12  # a CPU's is not known: the two MFUs are compared with each other alone
 
 
@@ -50,8 +54,8 @@ class NoUpdate(torch.optim.Optimizer):
 class Clock(TrainerCallback):
     """When each step ended, by events on a card."""
 
-    def __init__(self, device: str) -> None:
-        self.on_card = device == "cuda"
+    def __init__(self, device: str, warmup: int) -> None:
+        self.on_card, self.warmup = device == "cuda", warmup
         self.ends: list[Any] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -62,8 +66,8 @@ class Clock(TrainerCallback):
             self.ends.append(time.perf_counter())
 
     def step_ms(self) -> float:
-        """The median, from end to end, without the first steps."""
-        pairs = itertools.pairwise(self.ends[WARMUP - 1 :])
+        """The median, from end to end, without the first `warmup` steps."""
+        pairs = itertools.pairwise(self.ends[self.warmup - 1 :])
         if not self.on_card:
             return 1e3 * statistics.median(end - start for start, end in pairs)
         torch.cuda.synchronize()
@@ -78,7 +82,9 @@ def trainings(
 
     peak = card_peak(device)
     record = describe(cut, peak) | {"steps": steps, "trl": trl.__version__}
-    wanted = dict.fromkeys(Case(case.mode, "fp32", case.backend, checkpoint="keep-experts") for case in cases)
+    wanted = dict.fromkeys(
+        Case(case.mode, "fp32", case.backend, checkpoint="keep-attention") for case in cases
+    )
     rows: list[TrainerRow] = []
     for case, fits in budget.spend(wanted):
         values = values_of(partial(train, cut, case, steps, device, peak)) if fits else NO_TIME
@@ -97,19 +103,21 @@ def train(cut: Cut, case: Case, steps: int, device: str, peak: float | None) -> 
     if case.mode == "lora":  # here, and not by SFTTrainer, which does the same: optimize has to see it
         model = with_lora(model)
     note, options = SWITCHES[case.backend](model, case, cut.tokens)
-    clock = Clock(device)
+    every = min(steps, LOGGING_STEPS)
+    warmup = every * math.ceil(WARMUP / every)
+    clock = Clock(device, warmup)
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
-            args=arguments(cut, folder, WARMUP + steps, device, options),
+            args=arguments(cut, folder, warmup + steps, device, options | {"logging_steps": every}),
             processing_class=byte_tokenizer(),
-            train_dataset=random_dataset(cut, WARMUP + steps),
+            train_dataset=random_dataset(cut, warmup + steps),
             callbacks=[clock],
             optimizer_cls_and_kwargs=(NoUpdate, {}),
         )
         PerformanceCallback(peak_flops=peak or NO_PEAK).attach(trainer)
         trainer.train()
-    logs = [log for log in trainer.state.log_history if "perf/mfu" in log][WARMUP:]
+    logs = [log for log in trainer.state.log_history if "perf/mfu" in log][warmup // every :]
 
     def logged(name: str) -> float | None:
         return statistics.median(log[name] for log in logs) if name in logs[0] else None
@@ -128,7 +136,7 @@ def train(cut: Cut, case: Case, steps: int, device: str, peak: float | None) -> 
 
 
 def arguments(cut: Cut, folder: str, steps: int, device: str, options: dict[str, Any]) -> Any:
-    """TRL's, but for the batch, the logging and `options`."""
+    """TRL's, but for the batch, what it saves and `options`."""
     from trl import SFTConfig
 
     return SFTConfig(
@@ -136,7 +144,6 @@ def arguments(cut: Cut, folder: str, steps: int, device: str, options: dict[str,
         max_steps=steps,
         per_device_train_batch_size=cut.batch,
         max_length=cut.length,
-        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

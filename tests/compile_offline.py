@@ -85,6 +85,10 @@ def launch_every_pass_with_updates(dtype: torch.dtype, name: str, block_m: int, 
     kernels.combine(kernels.dx(dh, w1, routing, Step(dxa, a1)), None, routing, dtype)
     kernels.dw(dxa, x, routing, a1, tokens="right")
     kernels.dw(dh, xa, routing, b1)
+    for factor in (a1, b1.permute(1, 2, 0).contiguous().permute(2, 0, 1)):  # as PEFT stores them
+        stored = factor.float()
+        kernels.copy_scaled(stored, torch.empty_like(factor, memory_format=torch.contiguous_format), 2.0)
+        kernels.copy_scaled(factor, torch.empty_like(stored), 2.0)
 
 
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:

@@ -218,8 +218,12 @@ MUTANTS = (
         "p_v = V + i_e.to(tl.int64) * (PARTS * SPREAD * N * R)",
         "p_v = V + i_e.to(tl.int64) * 0",
     ),
+    Mutant("update: the scale is lost", "ops.py", "a_ERK, lora.scale)", "a_ERK, 1.0)"),
     Mutant(
-        "update: the scale is lost", "weights.py", "torch.mul(self.a, self.scale,", "torch.mul(self.a, 1.0,"
+        "update: what the padding held before",
+        "kernels/copy_scaled.py",
+        "(o_x < in_dim_x) & (o_y < in_dim_y)",
+        "(o_x < out_dim_x) & (o_y < out_dim_y)",
     ),
     # launches
     Mutant(

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from support_liger import step
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from fastexperts.hf import attention
+from fastexperts.hf import attention, kept_attention
 from fastexperts.hf.optimize import PARTS, optimize
 
 pytestmark = pytest.mark.gpu
@@ -73,7 +75,7 @@ def test_gradients_by_the_bf16_rule(autocast, length, padding):
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         eager = step(_model(dtype), data)
         model = _model(dtype)
-        summary = optimize(model, checkpoint="keep-experts", verbose=False)
+        summary = optimize(model, checkpoint="keep-attention", verbose=False)
         assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {"adapters"}
         ours = step(model, data)
     _check_by_the_rule(ours, eager, truth)
@@ -145,7 +147,7 @@ def test_which_kernel_attention_takes(length, padding, kernel):
     if not attention.cudnn_comes_first("cuda"):
         kernel = "efficient" if padding else "flash"
     model, data = _model(torch.bfloat16), _batch(length, padding)
-    for checkpoint in ("off", "full"):
+    for checkpoint in ("off", "keep-attention", "full"):
         optimize(model, checkpoint=checkpoint, verbose=False)
         assert _attention_kernels(lambda: step(model, data)) == {kernel}
 
@@ -178,6 +180,31 @@ def test_no_nan_where_cudnn_gives_them():
         assert error <= 2e-2, f"d{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION])
+def test_attention_that_can_be_kept_is_sdpa(backend, causal):
+    """The same output to the bit; gradients, which cuDNN does not repeat, as near to fp64's."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((2, 8, 200, 64), (2, 2, 200, 64), (2, 2, 200, 64), (2, 8, 200, 64))
+    q, k, v, dout = (torch.randn(shape, generator=generator, device="cuda") for shape in shapes)
+    assert ("cuda", backend) in kept_attention.KERNELS
+
+    def run(function, dtype):
+        leaves = [heads.to(torch.bfloat16).to(dtype).requires_grad_() for heads in (q, k, v)]
+        out = function(*leaves, is_causal=causal, scale=0.2, enable_gqa=True)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(torch.bfloat16).to(dtype))]
+
+    truth = run(scaled_dot_product_attention, torch.float64)
+    with sdpa_kernel(backend):
+        theirs = run(scaled_dot_product_attention, torch.bfloat16)
+        with kept_attention.KeptSdpa():
+            ours = run(scaled_dot_product_attention, torch.bfloat16)
+    assert torch.equal(ours[0], theirs[0])
+    for a, b, expected in zip(ours, theirs, truth, strict=True):
+        error, stock = ((t.double() - expected).norm() / expected.norm() for t in (a, b))
+        assert error <= 2 * stock + 2.0**-9
+
+
 def _kept(model, data):
     """Bytes that a forward leaves allocated."""
     before = torch.cuda.memory_allocated()
@@ -200,6 +227,8 @@ def test_what_is_kept_is_what_the_estimate_tells():
         layers = estimate(model, BATCH * LENGTH, "cuda", fused=True).layers
         told[mode] = BATCH * LENGTH * sum(layer.of(mode) for layer in layers)
     assert kept["keep-experts"] - kept["full"] == pytest.approx(told["keep-experts"] - told["full"], rel=0.2)
+    more, told_more = (of["keep-attention"] - of["keep-experts"] for of in (kept, told))
+    assert more == pytest.approx(told_more, rel=0.1)
     assert 0.5 <= (told["off"] - told["keep-experts"]) / (kept["off"] - kept["keep-experts"]) <= 1.5
 
 

@@ -46,7 +46,7 @@ def compiled(
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     names = [kernel["kernel"] for kernel in kernels]
     if rank:
-        products = RING_WITH_UPDATES if path == "ring" else WITH_UPDATES
+        products = (RING_WITH_UPDATES if path == "ring" else WITH_UPDATES) | {"_copy_scaled": 4}
     else:
         products = RING if path == "ring" else GEMMS | {"_gather": 2}  # the ring gathers by itself
     if stored:

@@ -10,16 +10,19 @@ from families import step as family_step
 from support_hf import assert_close, tiny_model, tokens
 from support_liger import Alive, step
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import fastexperts
 from fastexperts import cpu, ops
 from fastexperts.errors import FastexpertsError
-from fastexperts.hf import recompute, unread
+from fastexperts.hf import kept_attention, recompute, unread
 from fastexperts.hf.recompute import MODES, Estimate, Kept, estimate
-from fastexperts.metrics.mfu import keeps_experts, recomputed_share
+from fastexperts.metrics.mfu import kept, recomputed_share
 
 FAMILIES = ["qwen3_moe", "deepseek_v3"]
+KEPT = {"keep-experts": {"moe_mlp"}, "keep-attention": {"moe_mlp", "attention"}}
 
 
 def model_in(family, mode, **overrides):
@@ -27,6 +30,16 @@ def model_in(family, mode, **overrides):
     fastexperts.enable(model, verbose=False)
     recompute.apply(model, mode)
     return model
+
+
+class Attentions(TorchDispatchMode):
+    """Counts the kernels of attention."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func in kept_attention.OPS
+        return func(*args, **(kwargs or {}))
 
 
 def batch(length=24):
@@ -42,10 +55,18 @@ def test_each_mode_gives_the_same_bits_and_runs_the_experts_as_often_as_it_says(
     for mode in MODES:
         model = model_in(family, mode)
         ups.clear()
-        results[mode] = step(model, batch())
-        calls[mode] = len(ups)
-    layers = sum("Experts" in type(module).__name__ for module in model.modules())
-    assert calls == {"off": layers, "keep-experts": layers, "full": 2 * layers}, "of them half without w2"
+        with Attentions() as attentions:
+            results[mode] = step(model, batch())
+        calls[mode] = len(ups), attentions.calls
+    experts = sum("Experts" in type(module).__name__ for module in model.modules())
+    # on a CPU PyTorch has no kernel of attention whose keys are wider than its values
+    layers = 0 if family == "deepseek_v3" else len(list(recompute.decoder_layers(model)))
+    assert calls == {
+        "off": (experts, layers),
+        "keep-attention": (experts, layers),
+        "keep-experts": (experts, 2 * layers),
+        "full": (2 * experts, 2 * layers),
+    }, "of the last half without w2"
     for mode in MODES[1:]:
         assert_close(results[mode], results["off"], 0)
 
@@ -77,7 +98,7 @@ class Counting(ops.ResultsThrough):
         super().__init__()
         self.calls = 0
 
-    def through(self, compute):
+    def through(self, op, compute):
         self.calls += 1
         return compute()
 
@@ -128,7 +149,7 @@ def test_what_a_layer_writes_over_is_not_given_again():
         out += x
         return out.sin()
 
-    y = checkpoint(layer, x, use_reentrant=False, context_fn=recompute.keep_experts)
+    y = checkpoint(layer, x, use_reentrant=False, context_fn=recompute.CONTEXTS["keep-experts"])
     with pytest.raises(FastexpertsError, match="checkpoint='full'"):
         y.sum().backward()
 
@@ -228,8 +249,8 @@ def test_the_estimate_tells_what_is_kept(family):
 
 
 def plain(memory, **changes):
-    """Two layers that keep 10 bytes of a token as input, 30 of the experts and 60 of the rest."""
-    arguments = {"fixed": 1000, "logits": 500, "layers": (Kept(10, 30, 60),) * 2, "tokens": 100}
+    """Two layers that keep 10 bytes of a token as input, 30 of experts, 20 of attention, 40 of the rest."""
+    arguments = {"fixed": 1000, "logits": 500, "layers": (Kept(10, 30, 20, 40),) * 2, "tokens": 100}
     return Estimate(memory=memory, **(arguments | changes))
 
 
@@ -239,13 +260,14 @@ def test_the_peak_is_a_sum_that_can_be_done_by_hand():
     assert told.of("keep-experts") == 1000 + 100 * 60 + 100 * 2 * 40, (
         "a layer again takes more than the logits"
     )
+    assert told.of("keep-attention") == 1000 + 500 + 100 * 2 * 60 + 100 * 40 - 500
     assert told.of("full") == 1000 + 100 * 90 + 100 * 2 * 10
     assert plain(0, logits=9500).of("full") == 1000 + 9500 + 100 * 2 * 10
 
 
 def test_the_mode_that_recomputes_least_and_fits_is_chosen():
     peaks = {mode: plain(0).of(mode) for mode in MODES}
-    assert peaks["off"] > peaks["keep-experts"] > peaks["full"]
+    assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
     for mode, peak in peaks.items():
         enough = int(peak / recompute.USABLE) + 1
         assert plain(enough).choose() == mode
@@ -258,15 +280,15 @@ def test_the_mode_that_recomputes_least_and_fits_is_chosen():
 def test_auto_chooses_by_the_tokens_and_says_so(monkeypatch):
     monkeypatch.setattr(recompute, "free_memory", lambda where: 2**20)
     chosen = {}
-    for count in (1, 150, 10**6):
+    for count in (1, 130, 175, 10**6):
         model = tiny_model("qwen3_moe", "eager")
         summary = fastexperts.optimize(model, tokens=count, verbose=False)
         chosen[count] = summary.checkpoint
         assert f"at {count:,} tokens" in str(summary)
         assert (recomputed_share(model) == 1) == (summary.checkpoint != "off")
-        assert keeps_experts(model) == (summary.checkpoint == "keep-experts")
+        assert kept(model) == KEPT.get(summary.checkpoint, frozenset())
         assert str(summary).__contains__(": none fits") == (count == 10**6)
-    assert list(chosen.values()) == ["off", "keep-experts", "full"]
+    assert list(chosen.values()) == list(MODES)
     unknown = fastexperts.optimize(model, verbose=False)
     assert unknown.checkpoint == "full"
     assert "`tokens` of a step is not given" in str(unknown)
@@ -309,3 +331,86 @@ def test_autocast_and_frozen_weights_count():
     assert estimate(model, 100, "cpu", fused=True).fixed == weights + 100 * 3 * 32 * 4
     assert whole.logits == 100 * 8 * 32 * 4 + 97 * 32 * 4
     assert estimate(model, 100, "cpu", fused=False).logits == 100 * 97 * (4 + 8)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_is_kept_also_under_autocast_and_with_groups(autocast):
+    """bitwise what sdpa gives without; autocast casts queries and keys before it chooses a kernel."""
+    results = {}
+    for mode in ("off", "keep-attention"):
+        model = model_in("qwen3_moe", mode)
+        assert model.config.num_key_value_heads < model.config.num_attention_heads
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Attentions() as attentions:
+            results[mode] = step(model, batch())
+    assert attentions.calls == 2
+    assert_close(results["keep-attention"], results["off"], 0)
+
+
+def test_with_a_mask_attention_is_computed_again():
+    """None of the kernels that are kept takes one."""
+    padded = batch() | {"attention_mask": torch.ones(2, 24, dtype=torch.long)}
+    padded["attention_mask"][0, :3] = 0
+    results, calls = {}, {}
+    for mode in ("off", "keep-attention", "keep-experts"):
+        with Attentions() as attentions:
+            results[mode] = step(model_in("qwen3_moe", mode), padded)
+        calls[mode] = attentions.calls
+    assert calls == {"off": 2, "keep-attention": 4, "keep-experts": 4}
+    assert_close(results["keep-attention"], results["off"], 0)
+
+
+def patched():
+    model = tiny_model("qwen3_moe", "eager")
+    module = model.model.layers[0].self_attn
+    module.forward = module.forward  # as another library's
+    return model
+
+
+def on_eager():
+    return tiny_model("qwen3_moe", "eager", attn_implementation="eager")
+
+
+@pytest.mark.parametrize(("make", "options", "with_what"), [
+    (on_eager, {"parts": {"attention": False}}, "attention by eager"),
+    (patched, {}, r"a forward put on the instance of model\.layers\.0\.self_attn"),
+])  # fmt: skip
+def test_attention_that_cannot_be_kept_is_refused_before_anything_changes(make, options, with_what):
+    model = make()
+    with pytest.raises(FastexpertsError, match=f"'keep-attention' for Qwen3MoeForCausalLM with {with_what}"):
+        fastexperts.optimize(model, checkpoint="keep-attention", verbose=False, **options)
+    assert model.config._experts_implementation == "eager"
+
+
+def test_attention_that_cannot_be_kept_is_not_chosen(monkeypatch):
+    monkeypatch.setattr(recompute, "free_memory", lambda where: 2**20)
+    assert fastexperts.optimize(patched(), tokens=130, verbose=False).checkpoint == "keep-experts"
+    switched = on_eager()  # the part attention takes it to sdpa
+    assert fastexperts.optimize(switched, tokens=130, verbose=False).checkpoint == "keep-attention"
+
+
+def test_restored_attention_is_kept_no_longer():
+    model = tiny_model("qwen3_moe", "eager")
+    summary = fastexperts.optimize(model, checkpoint="keep-attention", verbose=False)
+    assert "attention with a mask" in str(summary)
+    assert kept(model) == KEPT["keep-attention"]
+    fastexperts.hf.optimize.restore(model)
+    assert kept(model) == KEPT["keep-experts"]
+    with Attentions() as attentions:
+        step(model, batch())
+    assert attentions.calls == 4
+
+
+def test_on_the_meta_device_attention_is_as_always():
+    query = torch.empty(1, 4, 8, 16, device="meta", requires_grad=True)
+    with kept_attention.KeptSdpa():
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert torch.autograd.grad(out.sum(), query)[0].shape == query.shape
+
+
+def test_attention_that_runs_another_way_the_second_time_is_pytorchs_error():
+    """Never the results of another op."""
+    model = model_in("qwen3_moe", "keep-attention")
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = model(**batch()).loss
+    with pytest.raises(CheckpointError):
+        loss.backward()

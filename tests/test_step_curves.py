@@ -48,7 +48,7 @@ def test_the_curves_are_eager_s(monkeypatch):
             return model.to(device).train()
 
         model = build("eager")
-        summary = optimize(model, checkpoint="keep-experts", verbose=False)
+        summary = optimize(model, checkpoint="keep-attention", verbose=False)
         assert {part for part in PARTS if summary.on(part)} == set(PARTS) - {"adapters"}
         if seed == 0:
             reference = build("eager")

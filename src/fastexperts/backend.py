@@ -104,6 +104,10 @@ class Backend(Protocol):
         """Each row times its pair's weight; for few columns."""
 
     @staticmethod
+    def copy_scaled(source_EXY: Tensor, out_EXY: Tensor, scale: float = 1.0) -> Tensor:
+        """out = scale * source, whatever the strides and dtypes of either: 0 where source ends before out."""
+
+    @staticmethod
     def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:
         """db[e] = sum of rows_PN over the rows of e, dtype as `like`. With a weight, rows holds tokens and
         each is taken times its pair's weight.

@@ -17,7 +17,20 @@ from fastexperts.routing import Routing
 from fastexperts.routing import route_torch as route
 from fastexperts.weights import Step
 
-__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up", "weigh"]
+__all__ = [
+    "block_m",
+    "combine",
+    "copy_scaled",
+    "db",
+    "dh",
+    "down",
+    "dw",
+    "dx",
+    "route",
+    "shrink",
+    "up",
+    "weigh",
+]
 
 
 def block_m(device: torch.device, dtype: torch.dtype) -> int:
@@ -119,6 +132,12 @@ def dw(
 def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
     weight_P = weight_TK.reshape(-1)[routing.pair_of_row_P.clamp(min=0)]
     return (rows_PR * weight_P[:, None]).to(rows_PR.dtype)
+
+
+def copy_scaled(source_EXY: Tensor, out_EXY: Tensor, scale: float = 1.0) -> Tensor:
+    common = tuple(slice(min(dims)) for dims in zip(source_EXY.shape, out_EXY.shape, strict=True))
+    out_EXY.zero_()[common] = source_EXY[common].to(accumulator(source_EXY.dtype)) * scale
+    return out_EXY
 
 
 def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:

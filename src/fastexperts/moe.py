@@ -28,7 +28,7 @@ from fastexperts.weights import Lora, Step
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer computes with beside its tokens: weights as stored, routing, updates as `Lora.packed`.
+    """What a layer computes with beside its tokens: weights as stored, routing, updates as kernels read them.
 
     dtype: of products. factors: of the gradients of updates, which are not rounded to `dtype` on their way.
     """

@@ -29,32 +29,45 @@ EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
 """What the two projections may have beside their weights: all of them, or none."""
 PRIMALS = 4  # x, weight, w1, w2: what is always differentiated
 
+NAME = "moe_mlp"
 Results = tuple[Tensor, ...]
 _thread = threading.local()
 
 
 class ResultsThrough(contextlib.AbstractContextManager[None]):
-    """In this thread and context, what the op gives is what `through` gives. May be entered again.
+    """In this thread and context, what the ops named in `of` give is what `through` gives. May be entered
+    again.
 
     For what checkpoints do in the place of a computation, below autograd: a dispatch mode would see every
     operation of a layer, in Python.
     """
 
-    def __init__(self) -> None:
-        self._before: list[Callable[..., Results] | None] = []
+    def __init__(self, of: Sequence[str] = (NAME,)) -> None:
+        self._of = of
+        self._before: list[dict[str, Callable[..., Results]]] = []
 
-    def through(self, compute: Callable[..., Results]) -> Results:
-        """`compute()` computes the results, `compute(unread=True)` with NaN in the place of the output,
-        without w2 and combine.
+    def through(self, op: str, compute: Callable[..., Results]) -> Results:
+        """`compute()` computes the results of `op`; our layer's `compute(unread=True)`, with NaN in the place
+        of the output, without w2 and combine.
         """
         raise NotImplementedError
 
     def __enter__(self) -> None:
-        self._before.append(getattr(_thread, "through", None))
-        _thread.through = self.through  # bound here: an object that held it would hold itself
+        self._before.append(_throughs())
+        # bound here: an object that held it would hold itself
+        _thread.throughs = _throughs() | {op: functools.partial(self.through, op) for op in self._of}
 
     def __exit__(self, *_: object) -> None:
-        _thread.through = self._before.pop()
+        _thread.throughs = self._before.pop()
+
+
+def _throughs() -> dict[str, Callable[..., Results]]:
+    return getattr(_thread, "throughs", {})
+
+
+def through_of(op: str) -> Callable[[Callable[..., Results]], Results] | None:
+    """What this thread's `ResultsThrough` does with the results of `op`, if there is one."""
+    return _throughs().get(op)
 
 
 def moe_mlp(
@@ -138,7 +151,7 @@ def restored(
         bias1, bias2 = (bias if bias.numel() else None for bias in extras[:2])
         _, _, a1, b1, a2, b2 = extras
         loras = (Lora(a1, b1, scale1), Lora(a2, b2, scale2))
-        lora1, lora2 = (lora.packed(dtype) if lora.a.numel() else None for lora in loras)
+        lora1, lora2 = (_packed(lora, dtype) if lora.a.numel() else None for lora in loras)
         # none is rounded to another's: the sums are cast to each factor's own
         own = [factor.dtype for factor in (a1, b1, a2, b2) if factor.numel()]
         factors = functools.reduce(torch.promote_types, own, dtype)
@@ -146,7 +159,23 @@ def restored(
     return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, lora1, lora2, routing, activation, dtype, factors)
 
 
-@op("moe_mlp")
+def _packed(lora: Lora, dtype: torch.dtype) -> Lora:
+    """The factors as kernels read them: in `dtype`, ranks padded, columns adjacent, the scale in `a`."""
+    ops, (experts, rank, dim_in) = backend.load(lora.a.device), lora.a.shape
+    padded = rank + -rank % RANK_STEP
+    a_ERK = lora.a.new_empty((experts, padded, dim_in), dtype=dtype)
+    b_ENR = lora.b.new_empty((*lora.b.shape[:2], padded), dtype=dtype)
+    return Lora(ops.copy_scaled(lora.a, a_ERK, lora.scale), ops.copy_scaled(lora.b, b_ENR))
+
+
+def _unpacked(grad: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
+    """The gradient of `factor`, laid out as it is, from that of what `_packed` made of it."""
+    if not grad.numel():
+        return grad
+    return backend.load(grad.device).copy_scaled(grad, torch.empty_like(factor), scale)
+
+
+@op(NAME)
 def _moe_mlp(
     x_TD: Tensor,
     ids_TK: Tensor,
@@ -171,7 +200,7 @@ def _moe_mlp(
             layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
             return *forward(x_TD, layer, keep_h, unread), *routing.tensors
 
-    through: Callable[..., Results] | None = getattr(_thread, "through", None)
+    through = through_of(NAME)
     return compute() if through is None else through(compute)  # type: ignore[return-value]
 
 
@@ -219,32 +248,24 @@ def _moe_mlp_backward(
     with backend.current(x_TD.device):
         layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
         found = backward(dout_TD, x_TD, layer, kept[:3], every)
-    grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
-    if not extras:
-        return grads
-    *others, da1, db1, da2, db2 = grads
-    _, _, a1, b1, a2, b2 = extras
-    scale1, scale2 = numbers[-2:]
-    db2 = _unpacked(db2.mT, b2.mT).mT if db2.numel() else db2
-    return [*others, _unpacked(da1, a1, scale1), _unpacked(db1, b1), _unpacked(da2, a2, scale2), db2]
-
-
-def _unpacked(grad: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
-    """The gradient of `factor`, contiguous, from that of what `Lora.packed` made of it."""
-    if not grad.numel():
-        return grad
-    own = grad[:, : factor.shape[1], : factor.shape[2]].to(factor.dtype).contiguous()
-    return own.mul_(scale) if scale != 1.0 else own
+        grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
+        if not extras:
+            return grads
+        *others, da1, db1, da2, db2 = grads
+        _, _, a1, b1, a2, b2 = extras
+        scale1, scale2 = numbers[-2:]
+        factors = (_unpacked(da1, a1, scale1), _unpacked(db1, b1), _unpacked(da2, a2, scale2))
+        return [*others, *factors, _unpacked(db2, b2)]
 
 
 @_moe_mlp_backward.fake
 def _(dout_TD: Tensor, primals: list[Tensor], *others: Any) -> list[Tensor]:
     needs = others[-1]
     x_TD, weight_TK, w1_EGD, w2_EDF, *extras = primals
-    strided = [torch.empty_like(w) for w in (w1_EGD, w2_EDF)]  # as the parameters; the others are contiguous
-    grads = [x_TD.new_empty(x_TD.shape), weight_TK.new_empty(weight_TK.shape), *strided]
-    grads += [extra.new_empty(extra.shape) for extra in extras[:-1]]
-    grads += [b2.new_empty(b2.mT.shape).mT for b2 in extras[-1:]]  # but this, [E, r, D] (moe.backward)
+    grads = [new.new_empty(new.shape) for new in (x_TD, weight_TK)]
+    grads += [torch.empty_like(w) for w in (w1_EGD, w2_EDF)]  # laid out as the parameters
+    grads += [bias.new_empty(bias.shape) for bias in extras[:2]]
+    grads += [torch.empty_like(factor) for factor in extras[2:]]
     return [grad if need else x_TD.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
 
 

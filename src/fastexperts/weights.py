@@ -64,17 +64,6 @@ class Lora:
             torch.cat([update.scale * update.b for update in updates], dim=2),
         )
 
-    def packed(self, dtype: torch.dtype) -> Lora:
-        """The factors as kernels read them: in `dtype`, ranks padded, columns adjacent, the scale in `a`."""
-        experts, rank, dim_in = self.a.shape
-        padded = rank + -rank % RANK_STEP
-        new = self.a.new_empty if padded == rank else self.a.new_zeros
-        a, b = new(experts, padded, dim_in, dtype=dtype), new(*self.b.shape[:2], padded, dtype=dtype)
-        # one kernel each: scaled, cast and laid out at once
-        torch.mul(self.a, self.scale, out=a[:, :rank])
-        b[:, :, :rank].copy_(self.b)
-        return Lora(a, b)
-
 
 class Step(NamedTuple):
     """One more step of a product's contraction: acc += rows_PR @ w^T, w stored like the product's own weight

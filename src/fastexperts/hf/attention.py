@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastexperts.errors import FastexpertsError, refuse
 from fastexperts.hf import liger
+from fastexperts.hf.kept_attention import ATTENTION, KeptSdpa
 from fastexperts.hf.scoped import ScopedForward, globals_of
+from fastexperts.ops import through_of
 
 SDPA = "PyTorch's sdpa: flash, where there is no mask; its memory-efficient kernel takes padding and packing"
 CUDNN = "PyTorch's sdpa: cuDNN's kernel"
@@ -44,12 +46,15 @@ CUDNN_FIRST = 91500, (9, 10)
 
 @dataclass(frozen=True)
 class Interface:
-    """transformers' attention functions as `forward` finds them, of which sdpa is `guarded`.
+    """transformers' attention functions as `forward` finds them, of which sdpa is `guarded` where cuDNN's
+    kernel may run, and with `keeps` gives what a checkpoint kept of it.
 
     They are looked up at each call, so that what is registered later is found, and copies share them.
     """
 
     forward: FunctionType
+    guards: bool = True
+    keeps: bool = False
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """As transformers' own."""
@@ -59,11 +64,13 @@ class Interface:
         return self._guarded(name, self.forward.__globals__[INTERFACE][name])
 
     def __str__(self) -> str:
-        return GUARDED
+        return GUARDED if self.guards else ON_CPU
 
-    @staticmethod
-    def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(guarded, function) if name == "sdpa" else function
+    def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        if name != "sdpa":
+            return function
+        kept = functools.partial(keeping, function) if self.keeps else function
+        return functools.partial(guarded, kept) if self.guards else kept
 
 
 def guarded(
@@ -88,6 +95,14 @@ def guarded(
             return call()
     with _without_cudnn:
         return call()
+
+
+def keeping(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """transformers' sdpa, `function`, of these arguments; in a checkpoint that keeps it, what was kept."""
+    if torch.compiler.is_compiling() or through_of(ATTENTION) is None:
+        return function(*args, **kwargs)
+    with KeptSdpa():
+        return function(*args, **kwargs)
 
 
 class _WithoutCudnn:
@@ -146,6 +161,46 @@ def forward_of(module: Any, where: str) -> ScopedForward:
     if liger.is_patched(module):
         raise _refusal(type(module).__name__)
     return ScopedForward(module, where, {INTERFACE: Interface(type(module).forward)})
+
+
+def keep(model: Any) -> None:
+    """Let the attention of `model` give what a checkpoint kept of it; raises FastexpertsError where it
+    cannot.
+    """
+    check_keepable(model)
+    where = liger.device_type(model)
+    for module in candidates(model).values():
+        put: Any = vars(module).get("forward")
+        before = put.others.get(INTERFACE) if isinstance(put, ScopedForward) else None
+        guards = isinstance(before, Interface) and before.guards
+        interface = Interface(cast(Any, type(module).forward), guards, keeps=True)
+        ScopedForward(module, where, {INTERFACE: interface}).put()
+
+
+def check_keepable(model: Any, switches: bool = False) -> None:
+    """Raise unless `keep` takes `model`. switches: `choose` comes before."""
+    found, name = candidates(model), model.config.get_text_config()._attn_implementation
+    on_sdpa = name == "sdpa" or (switches and name == "eager" and model._supports_sdpa)
+    patched = [name for name, module in found.items() if liger.is_patched(module)]
+    if on_sdpa and found and not patched:
+        return
+    what = f"a forward put on the instance of {patched[0]}" if on_sdpa and patched else f"attention by {name}"
+    raise refuse(
+        "optimize",
+        "checkpoint",
+        got=f"'keep-attention' for {type(model).__name__} with {what}",
+        needs="PyTorch's sdpa, found in transformers' interface by the forward of the class",
+        way_out="Pass checkpoint='keep-experts'.",
+    )
+
+
+def keepable(model: Any) -> bool:
+    """Whether `keep` takes `model`."""
+    try:
+        check_keepable(model)
+    except FastexpertsError:
+        return False
+    return True
 
 
 def _refusal(cls: str) -> FastexpertsError:

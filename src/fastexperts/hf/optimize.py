@@ -38,7 +38,7 @@ class StepSummary:
 
     rows: tuple[Part, ...]
     checkpoint: str
-    """off, keep-experts or full."""
+    """One of `recompute.MODES`."""
 
     def of(self, part: str) -> tuple[Part, ...]:
         """The rows of one part."""
@@ -147,8 +147,8 @@ def optimize(
         verbose: print the summary.
 
     Nothing is patched but the instances in `model`; `restore(model)` takes the forwards away again. Raises
-    FastexpertsError for an unknown name, for experts that `enable` refuses, and for keep-experts without
-    ours.
+    FastexpertsError for an unknown name, for experts that `enable` refuses, and for modes that keep what
+    experts or attention give where those are not ours or not PyTorch's sdpa.
     """
     roots = pretrained_models(model, "optimize")
     chosen = _check(roots, parts or {}, checkpoint)
@@ -161,6 +161,8 @@ def optimize(
     without = sum(recompute.apply(root, mode) for root in roots)
     if without:
         why += f"; {without} layers run again without w2 and combine, whose output no backward reads"
+    if mode == "keep-attention":
+        why += "; attention with a mask (padding, packing, a sliding window) runs again"
     summary = StepSummary((*rows, Part("checkpoint", mode != "off", f"{mode}, {why}")), mode)
     if verbose:
         print(summary)
@@ -170,8 +172,9 @@ def optimize(
 def restore(model: nn.Module) -> int:
     """Give every module of `model` that norms, rotary, shared_experts, adapters, loss or attention changed
     the forward of its class back; returns how many there were. Experts, the name sdpa and checkpointing
-    stay.
+    stay, but for what attention gave: it is kept no longer.
     """
+    recompute.keep_experts_alone(model)
     return liger.restore(model)
 
 
@@ -185,14 +188,17 @@ def _check(roots: list[Any], parts: Mapping[str, bool], checkpoint: str) -> dict
     if checkpoint not in CHECKPOINTS:
         needs = f"one of {', '.join(CHECKPOINTS)}"
         raise _refusal("checkpoint", repr(checkpoint), needs, "Leave it out to let an estimate decide.")
-    if checkpoint == "keep-experts" and not wanted["experts"]:
-        got = "'keep-experts' with the experts left as they are"
+    if checkpoint in recompute.KEEP and not wanted["experts"]:
+        got = f"{checkpoint!r} with the experts left as they are"
         needs = "experts that run on fastexperts: what is kept is what our op gives"
         way_out = "Leave parts={'experts': False} out, or take checkpoint='full'."
         raise _refusal("checkpoint", got, needs, way_out)
-    if checkpoint in {"keep-experts", "full"} and not _checkpoints(roots):
+    if checkpoint in {*recompute.KEEP, "full"} and not _checkpoints(roots):
         got, needs = f"{checkpoint!r} for {type(roots[0]).__name__}", "a class with gradient checkpointing"
         raise _refusal("checkpoint", got, needs, "Pass checkpoint='off'.")
+    if checkpoint == "keep-attention":
+        for root in roots:
+            attention.check_keepable(root, switches=wanted["attention"])
     return wanted
 
 
@@ -216,7 +222,9 @@ def _checkpoint(
         return "full", "since `tokens` of a step is not given"
     on = {row.part for row in rows if row.on}
     estimate = recompute.estimate(roots[0], tokens, where, fused="loss" in on)
-    modes = tuple(mode for mode in recompute.MODES if mode != "keep-experts" or "experts" in on)
+    possible = dict.fromkeys(recompute.MODES, True) | dict.fromkeys(recompute.KEEP, "experts" in on)
+    possible["keep-attention"] &= all(map(attention.keepable, roots))
+    modes = tuple(mode for mode in recompute.MODES if possible[mode])
     mode = estimate.choose(modes)
     return mode, str(estimate) if estimate.fits(mode) else f"{estimate}: none fits"
 

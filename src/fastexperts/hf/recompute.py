@@ -1,17 +1,19 @@
 """Gradient checkpointing by decoder layer: what is kept, what is computed again, and what that takes.
 
-    off           everything is kept
-    keep-experts  of each layer its input and the experts' h: attention, norms and router are computed again
-    full          of each layer its input; the experts' output is not computed again where nothing reads it
+    off             everything is kept
+    keep-attention  as keep-experts, and the output of attention: its projections are computed again
+    keep-experts    of each layer its input and the experts' h: attention, norms and router are computed again
+    full            of each layer its input; the experts' output is not computed again where nothing reads it
 
-The two that recompute are PyTorch's non-reentrant checkpointing through transformers' switch; `keep-experts`
-adds that what our op gave is given again, and nothing else.
+Those that recompute are PyTorch's non-reentrant checkpointing through transformers' switch; the middle two
+add that what our op, or sdpa, gave is given again, and nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +23,15 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from fastexperts import ops
 from fastexperts.errors import refuse
-from fastexperts.hf import liger, unread
+from fastexperts.hf import attention, kept_attention, liger, unread
 from fastexperts.hf.inventory import Row, interface_modules, row_of, unwrapped
+from fastexperts.hf.kept_attention import ATTENTION
 from fastexperts.hf.swiglu import PROJECTIONS
 
-MODES = ("off", "keep-experts", "full")
+MODES = ("off", "keep-attention", "keep-experts", "full")
+KEEP = {"keep-experts": (ops.NAME,), "keep-attention": (ops.NAME, ATTENTION)}
+"""What is kept of a layer beside its input, by mode."""
+
 USABLE = 0.9
 """Of a card's memory: the rest is for the CUDA context, workspaces and fragmentation."""
 
@@ -34,20 +40,26 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Kept:
-    """What a decoder layer keeps of a token, in bytes: its input, the experts' outputs and h, the rest."""
+    """What a decoder layer keeps of a token, in bytes: its input, the experts' outputs and h, attention's
+    output, the rest.
+    """
 
     input: int
     experts: int
+    attention: int
     rest: int
 
     def of(self, mode: str) -> int:
         """What is kept until the backward under `mode`."""
-        return self.input + {"off": self.experts + self.rest, "keep-experts": self.experts, "full": 0}[mode]
+        if mode == "off":
+            return self.whole
+        kept = {ops.NAME: self.experts, ATTENTION: self.attention}
+        return self.input + sum(kept[what] for what in KEEP.get(mode, ()))
 
     @property
     def whole(self) -> int:
         """What there is while the layer is computed again."""
-        return self.input + self.experts + self.rest
+        return self.input + self.experts + self.attention + self.rest
 
 
 @dataclass(frozen=True)
@@ -102,8 +114,7 @@ def estimate(model: Any, tokens: int, where: str, fused: bool) -> Estimate:
     size = torch.get_autocast_dtype(where).itemsize if autocast else wide
     config = model.config.get_text_config()
     layers = tuple(
-        kept_of(layer, _rows_in(name, experts), config.hidden_size, size)
-        for name, layer in decoder_layers(model)
+        kept_of(layer, _rows_in(name, experts), config, size) for name, layer in decoder_layers(model)
     )
     vocabulary, hidden = config.vocab_size, config.hidden_size
     ends = 3 * tokens * hidden * size  # the embeddings, and what the last norm reads and gives
@@ -138,14 +149,14 @@ def decoder_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
 
 
-def kept_of(layer: Any, experts: dict[str, Row], hidden: int, size: int) -> Kept:
+def kept_of(layer: Any, experts: dict[str, Row], config: Any, size: int) -> Kept:
     """What `layer` keeps of a token, at `size` bytes an element, from the widths of its modules.
 
-    experts: name in the layer -> its row. hidden: the width of the residual stream. A norm keeps what it
-    reads and gives, a linear map what it reads if that is wider or narrower than the stream, else what it
-    gives; queries and keys are there before and after their norm or rotation.
+    experts: name in the layer -> its row. A norm keeps what it reads and gives, a linear map what it reads
+    if that is wider or narrower than the residual stream, else what it gives; queries and keys are there
+    before and after their norm or rotation.
     """
-    rest = 0
+    hidden, rest = config.hidden_size, 0
     for name, module in layer.named_modules():
         inside = any(name == other or name.startswith(other + ".") for other in experts)
         weight = module._parameters.get("weight")
@@ -160,7 +171,17 @@ def kept_of(layer: Any, experts: dict[str, Row], hidden: int, size: int) -> Kept
         elif weight.dim() == 2:  # a router: logits, probabilities and their sum, in fp32
             rest += 3 * 4 * len(weight) // size
     kept = sum(hidden + (row.top_k or 1) * (2 * (row.intermediate or 0) + 4) for row in experts.values())
-    return Kept(hidden * size, kept * size, rest * size)
+    attention = min(attention_width(config), rest)  # the sum that sdpa keeps of each head is little
+    return Kept(hidden * size, kept * size, attention * size, (rest - attention) * size)
+
+
+def attention_width(config: Any) -> int:
+    """Columns of what attention's heads give, 0 where the config does not tell: too many for layers of other
+    kinds (linear attention), of which nothing is kept.
+    """
+    heads = getattr(config, "num_attention_heads", None) or 0
+    widths = [getattr(config, name, None) for name in ("v_head_dim", "head_dim")]
+    return heads * (next(filter(None, widths), 0) or config.hidden_size // max(heads, 1))
 
 
 def apply(model: Any, mode: str) -> int:
@@ -171,8 +192,10 @@ def apply(model: Any, mode: str) -> int:
             _either(model, "disable")()
         return 0
     how: dict[str, Any] = {"use_reentrant": False}
-    if mode == "keep-experts":
-        how["context_fn"] = keep_experts
+    if mode in KEEP:
+        how["context_fn"] = CONTEXTS[mode]
+    if mode == "keep-attention":
+        attention.keep(model)
     _either(model, "enable")(how)
     if mode != "full":
         return 0
@@ -187,50 +210,72 @@ def _either(model: Any, what: str) -> Any:
     return new or getattr(model, f"gradient_checkpointing_{what}")
 
 
-class KeptExperts(ops.ResultsThrough):
-    """Keeps what our op gives, of which `again` is the context that gives it again, in the same order."""
+Given = dict[str, list[tuple[ops.Results, list[int]]]]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._kept: list[tuple[ops.Results, list[int]]] = []
 
-    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
+class KeptResults(ops.ResultsThrough):
+    """Keeps what the ops named in `of` give; `again` is the context that gives it again, in that order."""
+
+    def __init__(self, of: Sequence[str]) -> None:
+        super().__init__(of)
+        self._kept: Given = {op: [] for op in of}
+
+    def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
         results = compute()
-        self._kept.append((results, _versions(results)))
+        self._kept[op].append((results, _versions(results)))
         return _apart(results)
 
     def again(self) -> ops.ResultsThrough:
-        return _Again(self._kept)
+        return _Again(self._of, self._kept)
 
 
 class _Again(ops.ResultsThrough):
-    def __init__(self, kept: list[tuple[ops.Results, list[int]]]) -> None:
-        super().__init__()
-        self._kept, self._each = kept, iter(kept)
+    def __init__(self, of: Sequence[str], kept: Given) -> None:
+        super().__init__(of)
+        self._kept = kept
+        self._next: dict[str, Iterator[tuple[ops.Results, list[int]]]] = {}
 
     def __enter__(self) -> None:
-        self._each = iter(self._kept)
+        self._next = {op: iter(results) for op, results in self._kept.items()}
         super().__enter__()
 
-    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
-        results, versions = next(self._each)
+    def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
+        kept = next(self._next[op], None)
+        if kept is None:  # a layer that does not do the same again: PyTorch says so
+            return compute()
+        results, versions = kept
         if _versions(results) != versions:
             raise refuse(
                 "optimize",
                 "checkpoint",
-                got="keep-experts, and a layer that writes over what its experts gave",
+                got="one that keeps results, and a layer that writes over what its experts or attention gave",
                 needs="layers that leave it as it is: it is given again in the backward",
                 way_out="Pass checkpoint='full'.",
             )
         return _apart(results)
 
 
-def keep_experts() -> tuple[Any, Any]:
-    """The contexts of a checkpoint that keeps what our op gives; metrics/mfu.py knows it by its name."""
+def keep(of: Sequence[str]) -> tuple[Any, Any]:
+    """The contexts of a checkpoint that keeps what the ops named in `of` give; metrics/mfu.py reads `of`."""
     if unread.compiling():
-        return unread.policy_contexts(CheckpointPolicy.MUST_SAVE)
-    kept = KeptExperts()
+        kernels = kept_attention.OPS if ATTENTION in of else set()
+        return unread.policy_contexts(CheckpointPolicy.MUST_SAVE, kernels)
+    kept = KeptResults(of)
     return kept, kept.again()
+
+
+def keep_experts_alone(model: nn.Module) -> None:
+    """Where `model` keeps what attention gave, keep what the experts give and no more."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        again: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(again, "keywords", {}).get("context_fn") is CONTEXTS["keep-attention"]:
+            module._gradient_checkpointing_func = functools.partial(
+                again, context_fn=CONTEXTS["keep-experts"]
+            )
+
+
+CONTEXTS = {mode: functools.partial(keep, of=of) for mode, of in KEEP.items()}
 
 
 def _apart(results: ops.Results) -> ops.Results:

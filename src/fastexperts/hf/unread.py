@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ TOKENS = 4
 class _Unread(ops.ResultsThrough):
     """Our layer gives NaN as its output, and all that its own backward needs."""
 
-    def through(self, compute: Callable[..., ops.Results]) -> ops.Results:
+    def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
         return compute(unread=True)
 
 
@@ -42,11 +42,14 @@ def compiling() -> bool:
     return torch._guards.TracingContext.try_get() is not None
 
 
-def policy_contexts(ours: CheckpointPolicy) -> tuple[Any, Any]:
-    """Contexts for torch.compile, in which `ours` becomes of our op and everything else is computed again."""
+def policy_contexts(ours: CheckpointPolicy, others: Collection[Any] = ()) -> tuple[Any, Any]:
+    """Contexts for torch.compile, in which `ours` becomes of our op and the `others`, and everything else is
+    computed again.
+    """
+    of = {torch.ops.fastexperts.moe_mlp.default, *others}
 
     def policy(_context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        return ours if op is torch.ops.fastexperts.moe_mlp.default else CheckpointPolicy.PREFER_RECOMPUTE
+        return ours if op in of else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 

@@ -6,10 +6,24 @@ shape.
 """
 
 from fastexperts.kernels.combine import combine, weigh
+from fastexperts.kernels.copy_scaled import copy_scaled
 from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, shrink, up
 from fastexperts.kernels.routing import route
 from fastexperts.kernels.sum_rows import db
 from fastexperts.kernels.tiles import block_m
 
-__all__ = ["block_m", "combine", "db", "dh", "down", "dw", "dx", "route", "shrink", "up", "weigh"]
+__all__ = [
+    "block_m",
+    "combine",
+    "copy_scaled",
+    "db",
+    "dh",
+    "down",
+    "dw",
+    "dx",
+    "route",
+    "shrink",
+    "up",
+    "weigh",
+]

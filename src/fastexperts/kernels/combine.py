@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastexperts.kernels.launch import Plan, planned
-from fastexperts.kernels.operands import accumulator
+from fastexperts.kernels.operands import tl_accumulator
 from fastexperts.routing import Routing
 
 _BLOCK_D = 2048
@@ -116,7 +116,7 @@ def _sum_dweight(
 def _combine_plan(y_PD: Tensor, weight_TK: Tensor | None, out_TD: Tensor, *, top_k: int) -> Plan:
     dim_d = y_PD.shape[1]
     block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
-    options = dict(TOP_K=top_k, WEIGHTED=weight_TK is not None, ACC=accumulator(y_PD.dtype), BLOCK_D=block)
+    options = dict(TOP_K=top_k, WEIGHTED=weight_TK is not None, ACC=tl_accumulator(y_PD.dtype), BLOCK_D=block)
     return Plan(_combine, (None,) * 4, (dim_d,), options, blocks=triton.cdiv(dim_d, block))
 
 
@@ -153,7 +153,7 @@ def gather(x_TD: Tensor, routing: Routing) -> Tensor:
 @planned
 def _weigh_plan(rows_PR: Tensor, weight_TK: Tensor) -> Plan:
     block_r = triton.next_power_of_2(rows_PR.shape[1])
-    acc, block_p = accumulator(rows_PR.dtype), max(1, 2048 // block_r)
+    acc, block_p = tl_accumulator(rows_PR.dtype), max(1, 2048 // block_r)
     options = dict(R=rows_PR.shape[1], ACC=acc, BLOCK_P=block_p, BLOCK_R=block_r)
     return Plan(_weigh, (None,) * 4, (), options)
 

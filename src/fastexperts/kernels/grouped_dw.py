@@ -14,7 +14,7 @@ from fastexperts.kernels import hopper_dw, tiles
 from fastexperts.kernels.combine import gather
 from fastexperts.kernels.epilogues import halves
 from fastexperts.kernels.launch import Plan, planned
-from fastexperts.kernels.operands import accumulator, operand, packed, precision, processors
+from fastexperts.kernels.operands import operand, packed, precision, processors, tl_accumulator
 from fastexperts.kernels.tiles import narrowed
 from fastexperts.routing import Routing
 
@@ -123,7 +123,7 @@ def _plan(left_PM: Tensor, right_PN: Tensor, out_EMN: Tensor) -> Plan:
             BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, SUBTILES=subtiles,
             A_TMA=a_view is not None, B_TMA=b_view is not None, OUT_TMA=out_view is not None,
             EVEN_M=dim_m % tile.m == 0, EVEN_N=dim_n % tile.n == 0,
-            ACC=accumulator(left_PM.dtype), PRECISION=precision(left_PM.dtype),
+            ACC=tl_accumulator(left_PM.dtype), PRECISION=precision(left_PM.dtype),
         ),
         blocks=num_experts * triton.cdiv(dim_m, tile.m) * triton.cdiv(dim_n, tile.n),
         most_programs=processors(left_PM.device) * tile.programs_per_sm,

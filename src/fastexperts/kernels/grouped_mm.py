@@ -21,13 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastexperts.activations import RELU2, Activation
-from fastexperts.dtypes import accumulator as sum_dtype
+from fastexperts.dtypes import accumulator
 from fastexperts.errors import FastexpertsError
 from fastexperts.kernels import hopper_mm, tiles
 from fastexperts.kernels.combine import sum_dweight
 from fastexperts.kernels.epilogues import halves, store_act, store_dact, store_plain
 from fastexperts.kernels.launch import Plan, planned
-from fastexperts.kernels.operands import accumulator, operand, packed, precision, processors
+from fastexperts.kernels.operands import operand, packed, precision, processors, tl_accumulator
 from fastexperts.kernels.tiles import narrowed
 from fastexperts.routing import Routing, schedule_length
 from fastexperts.weights import Step
@@ -251,7 +251,7 @@ def _plan(
             BM=tile.m, BN=tile.n, BK=tile.k, GROUP=tile.group, FLATTEN=tile.flatten,
             SUBTILES=tile.subtiles, A_TMA=a_view is not None, W_TMA=w_view is not None,
             EVEN_K=dim_k % tile.k == 0, EVEN_N=dim_n % tile.n == 0,
-            ACC=accumulator(a.dtype), PRECISION=precision(a.dtype),
+            ACC=tl_accumulator(a.dtype), PRECISION=precision(a.dtype),
         ),
         blocks=triton.cdiv(dim_n, tile.n),
         most_programs=processors(a.device) * tile.programs_per_sm,
@@ -369,7 +369,7 @@ def dh(
     dh_PG = h_PG.new_empty((rows if need_dh else 0, dim_g))
     # the ring's blocks are as wide as the table's: tiles.RINGS
     blocks = triton.cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
-    partial_NP = h_PG.new_empty((blocks if need_dweight else 0, rows), dtype=sum_dtype(h_PG.dtype))
+    partial_NP = h_PG.new_empty((blocks if need_dweight else 0, rows), dtype=accumulator(h_PG.dtype))
     _launch(
         "dh", dout_TD, w2_EDF, wa_PF if need_wa else None, routing, activation=activation, h_PG=h_PG,
         dh_PG=dh_PG if need_dh else None, weight_TK=weight_TK.contiguous(),

@@ -5,6 +5,7 @@ Legend: see moe.py and ring.py; M, N, K here are the dims of a product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,16 +80,31 @@ def _load_w(
 
 
 @gluon.jit
+def _expect(bar, both, BM: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr):
+    """Announce the bytes of `_load_a` and `_load_w`, WIDTH of the contraction."""
+    mbarrier.expect(bar, (BM + BN) * WIDTH * 2, pred=both)
+    mbarrier.expect(bar, (BM // CONSUMERS + BN) * WIDTH * 2, pred=both == 0)
+
+
+@gluon.jit
+def _load_a(a, row0, k0, bar, a_s, both, BM: gl.constexpr):
+    """Block of BM rows from row0 on; the second consumer's half only if `both` consumers have rows."""
+    HALF: gl.constexpr = BM // CONSUMERS
+    tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.slice(0, HALF))
+    tma.async_copy_global_to_shared(a, [row0 + HALF, k0], bar, a_s.slice(HALF, HALF), pred=both)
+
+
+@gluon.jit
 def _mm_producer(
-    a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, claims, stride_a, N, K, R: gl.constexpr,
-    TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, KN: gl.constexpr,
-    EPILOGUE: gl.constexpr, ACT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    GROUP: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
+    a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, more_ring, h_ring, claims, stride_a, N, K,
+    R: gl.constexpr, TOP_K: gl.constexpr, GATHER: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr,
+    KN: gl.constexpr, EPILOGUE: gl.constexpr, ACT: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, RK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, EVEN_K: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
+    more_a_s, more_w_s = more_ring
     h_s, h_full, h_empty = h_ring
     WARPS: gl.constexpr = 4 if GATHER else 1
-    BYTES: gl.constexpr = (BN if GATHER else BM + BN) * BK * 2
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     BN_OUT: gl.constexpr = BN // (PARTS * SPREAD)
     num_n = gl.cdiv(N, BN_OUT)
@@ -104,8 +120,10 @@ def _mm_producer(
         pair = gl.load(p_pair_of_row + row0 + o_m, mask=row0 + o_m < end, other=0)
     while i_tile < num_m * num_n:
         n0 = i_n * BN_OUT
+        both = row0 + BM // CONSUMERS < end
         if GATHER:
             p_a = a + ((pair // TOP_K).to(gl.int64) * stride_a)[:, None] + o_k[None, :]
+            m_m = gl.expand_dims(row0 + o_m < end, 1)
         # the next block, its pairs, and the number of the one behind it travel while this one is copied
         claimed = claim(p_schedule, WARPS)
         following = _mm_block(p_schedule, i_next, num_m, num_n, GROUP)
@@ -116,24 +134,28 @@ def _mm_producer(
         for k0 in range(0, K, BK):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
-            mbarrier.expect(bar, BYTES)
+            if GATHER:
+                mbarrier.expect(bar, BN * BK * 2)
+            else:
+                _expect(bar, both, BM, BN, BK)
             _load_w(w, i_e, k0, SPREAD * n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
             if GATHER:
                 if EVEN_K:
-                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0)
+                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_m)
                 else:
                     m_k = gl.expand_dims(o_k < K - k0, 0)
-                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_k)
+                    async_copy.async_copy_global_to_shared(a_s.index(slot), p_a + k0, mask=m_m & m_k)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
-                tma.async_copy_global_to_shared(a, [row0, k0], bar, a_s.index(slot))
+                _load_a(a, row0, k0, bar, a_s.index(slot), both, BM)
             slot, phase = advance(slot, phase, STAGES)
-        for r0 in gl.static_range(0, R, BK):
+        for r0 in gl.static_range(0, R, RK):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
-            mbarrier.expect(bar, (BM + BN) * BK * 2)
-            _load_w(more_w, i_e, r0, SPREAD * n0, bar, w_s.index(slot), BN, BK, PARTS, KN)
-            tma.async_copy_global_to_shared(more_a, [row0, r0], bar, a_s.index(slot))
+            _expect(bar, both, BM, BN, RK)
+            more_slot = slot * (BK // RK)
+            _load_w(more_w, i_e, r0, SPREAD * n0, bar, more_w_s.index(more_slot), BN, RK, PARTS, KN)
+            _load_a(more_a, row0, r0, bar, more_a_s.index(more_slot), both, BM)
             if GATHER:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             slot, phase = advance(slot, phase, STAGES)
@@ -155,16 +177,25 @@ def _mm_producer(
 
 
 @gluon.jit
+def _multiply(acc, a_s, w_s, SIDE: gl.constexpr, ROWS: gl.constexpr, KN: gl.constexpr):
+    """acc += A @ W of a slot, once the product before it is done."""
+    w_s = w_s if KN else w_s.permute((1, 0))
+    acc = warpgroup_mma(a_s.slice(SIDE * ROWS, ROWS), w_s, acc, is_async=True)
+    return warpgroup_mma_wait(1, deps=[acc])
+
+
+@gluon.jit
 def _mm_consumer(
-    out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring, claims, staging, N, K,
-    num_rows,
+    out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, more_ring, h_ring, claims,
+    staging, N, K, num_rows, R: gl.constexpr,
     PARTS: gl.constexpr, SPREAD: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
     BIAS: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr, SIDE: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, RK: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, BUFFERS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     a_s, w_s, full, empty = ring
+    more_a_s, more_w_s = more_ring
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     BN_OUT: gl.constexpr = BN // (PARTS * SPREAD)
     ROWS: gl.constexpr = BM // CONSUMERS
@@ -178,16 +209,22 @@ def _mm_consumer(
     while i_tile < num_m * num_n:
         row = row0 + SIDE * ROWS
         # a consumer whose rows all lie behind the end lets the slots pass
-        live_k = gl.where(row < end, K, 0)
+        live = row < end
         acc = gl.zeros([ROWS, BN], gl.float32, MMA)
-        for k0 in range(0, live_k, BK):
+        for k0 in range(0, gl.where(live, K, 0), BK):
             mbarrier.wait(full.index(slot), phase)
-            block_w = w_s.index(slot) if KN else w_s.index(slot).permute((1, 0))
-            acc = warpgroup_mma(a_s.index(slot).slice(SIDE * ROWS, ROWS), block_w, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
+            acc = _multiply(acc, a_s.index(slot), w_s.index(slot), SIDE, ROWS, KN)
             mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=k0 > 0)
             slot, phase = advance(slot, phase, STAGES)
-        for _ in range(live_k, K, BK):
+        if R > 0:
+            for _ in range(0, gl.where(live, R, 0), RK):
+                mbarrier.wait(full.index(slot), phase)
+                more_slot = slot * (BK // RK)
+                more_a, more_w = more_a_s.index(more_slot), more_w_s.index(more_slot)
+                acc = _multiply(acc, more_a, more_w, SIDE, ROWS, KN)
+                mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
+                slot, phase = advance(slot, phase, STAGES)
+        for _ in range(gl.where(live, 0, gl.cdiv(K, BK) + R // RK)):
             mbarrier.wait(full.index(slot), phase)
             mbarrier.arrive(empty.index(slot), count=1)
             slot, phase = advance(slot, phase, STAGES)
@@ -196,7 +233,7 @@ def _mm_consumer(
         i_tile, i_next = i_next, take_over(claims, claim_slot, claim_phase)
         claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=live_k > 0)
+        mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=live)
 
         n0 = i_n * BN_OUT
         if EPILOGUE == "none":
@@ -233,9 +270,9 @@ def _hopper_mm(
     TOP_K: gl.constexpr, GATHER: gl.constexpr, KN: gl.constexpr, EPILOGUE: gl.constexpr,
     STORE_H: gl.constexpr, STORE_OUT: gl.constexpr, STORE_DWEIGHT: gl.constexpr, ACT: gl.constexpr,
     BIAS: gl.constexpr, PARTS: gl.constexpr, SPREAD: gl.constexpr, R: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, RK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    EVEN_K: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
+    EVEN_K: gl.constexpr, LAYOUT: gl.constexpr, MORE_LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), persistent; see grouped_mm._grouped_mm for what a block is."""
     FILLS: gl.constexpr = 129 if GATHER else 1  # the producer's threads, and the copy engine's bytes
@@ -250,22 +287,26 @@ def _hopper_mm(
         h_s = gl.allocate_shared_memory(DTYPE, [2 * H_SLOTS, BM, SLICE], LAYOUT)
         h_full, h_empty = barriers(H_SLOTS, 1)
         h_ring = (h_s, h_full, h_empty)
+    more_ring = (a_s, w_s)
+    if R > 0:  # a slot holds BK // RK blocks of the further step, and the first is used
+        MORE_W_SHAPE: gl.constexpr = [STAGES * (BK // RK), RK, BN] if KN else [STAGES * (BK // RK), BN, RK]
+        more_a_s = a_s._reinterpret(DTYPE, [STAGES * (BK // RK), BM, RK], MORE_LAYOUT)
+        more_ring = (more_a_s, w_s._reinterpret(DTYPE, MORE_W_SHAPE, LAYOUT if KN else MORE_LAYOUT))
     claims = make_claims()
     fence_async_shared()
-    length = K
-    if R > 0:  # the consumers see one contraction, the further step behind it
-        length = gl.cdiv(K, BK) * BK + (R + BK - 1) // BK * BK
     gl.warp_specialize(
         [
-            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring,
-                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H,
-                            STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
-            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring, h_ring,
-                            claims, staging, N, length, num_rows, PARTS, SPREAD, KN, EPILOGUE, STORE_H,
-                            STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
-            (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, h_ring, claims,
-                            stride_a, N, K, R, TOP_K, GATHER, PARTS, SPREAD, KN, EPILOGUE, ACT, BM, BN, BK,
-                            GROUP, STAGES, EVEN_K)),
+            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring,
+                            more_ring, h_ring, claims, staging, N, K, num_rows, R, PARTS, SPREAD, KN,
+                            EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, RK, GROUP,
+                            STAGES, BUFFERS, 0)),
+            (_mm_consumer, (out, h, dh, p_weight, p_dweight, p_bias, p_pair_of_row, p_schedule, ring,
+                            more_ring, h_ring, claims, staging, N, K, num_rows, R, PARTS, SPREAD, KN,
+                            EPILOGUE, STORE_H, STORE_OUT, STORE_DWEIGHT, ACT, BIAS, BM, BN, BK, RK, GROUP,
+                            STAGES, BUFFERS, 1)),
+            (_mm_producer, (a, w, h, more_a, more_w, p_pair_of_row, p_schedule, ring, more_ring, h_ring,
+                            claims, stride_a, N, K, R, TOP_K, GATHER, PARTS, SPREAD, KN, EPILOGUE, ACT, BM,
+                            BN, BK, RK, GROUP, STAGES, EVEN_K)),
         ],
         [4, 4 if GATHER else 1],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
@@ -311,8 +352,13 @@ def plan(
     def split(tensor: Tensor | None, how: Callable[..., Described], rows: int) -> Described | None:
         return None if tensor is None else how(tensor.unflatten(1, (-1, part_n)), [rows, 1, box])
 
-    a_block = [BLOCK_M, BLOCK_K]
-    w_block = [1, 1, BLOCK_K, BLOCK_N // parts] if kn else [1, 1, BLOCK_N // parts, BLOCK_K]
+    def blocks(step: int) -> tuple[list[int], list[int]]:
+        width = BLOCK_N // parts
+        return [half, step], [1, 1, step, width] if kn else [1, 1, width, step]
+
+    rank = more.rows_PR.shape[1] if more else 0
+    rank_k = math.gcd(rank, BLOCK_K)  # of a step behind K
+    (a_block, w_block), (more_a_block, more_w_block) = blocks(BLOCK_K), blocks(rank_k)
     return Plan(
         _hopper_mm,
         (
@@ -323,18 +369,17 @@ def plan(
             split(dh_PG, ragged, half),
             None,
             None,
-            described(more.rows_PR, a_block) if more else None,
-            described(more.w, w_block) if more else None,
+            described(more.rows_PR, more_a_block) if more else None,
+            described(more.w, more_w_block) if more else None,
             None,
             None,
             None,
         ),
         (a.stride(0), dim_n, dim_k),
         dict(
-            options, PARTS=parts, R=more.rows_PR.shape[1] if more else 0,
-            BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
+            options, PARTS=parts, R=rank, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, RK=rank_k, GROUP=ring.group,
             STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
-            EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2),
+            EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2), MORE_LAYOUT=swizzled(2, width=2 * rank_k),
             DTYPE=gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16,
         ),
         blocks=triton.cdiv(dim_n, BLOCK_N // (parts * spread)),

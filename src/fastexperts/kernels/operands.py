@@ -56,7 +56,7 @@ def processors(device: torch.device) -> int:
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def accumulator(dtype: torch.dtype) -> triton.language.dtype:
+def tl_accumulator(dtype: torch.dtype) -> triton.language.dtype:
     """fp32 sums, fp64 ones for fp64: the lane that proves formulas."""
     return triton.language.float64 if dtype == torch.float64 else triton.language.float32
 

@@ -65,13 +65,14 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.cache
-def swizzled(rank: int, bits: int = 16) -> gl.NVMMASharedLayout:
-    """The shared layout of blocks that wgmma and the copy engine read: rows of 128 bytes, swizzled."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
+def swizzled(rank: int, bits: int = 16, width: int = 128) -> gl.NVMMASharedLayout:
+    """The shared layout of blocks that wgmma and the copy engine read: rows of `width` bytes, swizzled."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
 def described(tensor: Tensor, block: Sequence[int]) -> Described:
-    layout = swizzled(len(block), 8 * tensor.element_size())
+    size = tensor.element_size()
+    layout = swizzled(len(block), 8 * size, min(128, size * block[-1]))
     return Described(TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout))
 
 

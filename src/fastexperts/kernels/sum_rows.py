@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastexperts.kernels.launch import Plan, planned
-from fastexperts.kernels.operands import accumulator, packed
+from fastexperts.kernels.operands import packed, tl_accumulator
 from fastexperts.routing import Routing
 
 
@@ -56,7 +56,11 @@ def _plan(rows: Tensor, weight_TK: Tensor | None, out_EN: Tensor, *, top_k: int)
     dim_n = out_EN.shape[1]
     block_n = min(128, triton.next_power_of_2(dim_n))
     options = dict(
-        TOP_K=top_k, WEIGHTED=weight_TK is not None, ACC=accumulator(rows.dtype), BLOCK_R=32, BLOCK_N=block_n
+        TOP_K=top_k,
+        WEIGHTED=weight_TK is not None,
+        ACC=tl_accumulator(rows.dtype),
+        BLOCK_R=32,
+        BLOCK_N=block_n,
     )
     scalars = (rows.stride(0), dim_n)
     return Plan(_sum_rows, (None,) * 5, scalars, options, blocks=triton.cdiv(dim_n, block_n))

@@ -99,7 +99,7 @@ class PerformanceCallback(TrainerCallback):
         self._meter: TokenMeter | None = None
         self._flops: ModelFlops | None = None
         self._peak = self._recomputed = 0.0
-        self._keeps_experts = False
+        self._kept: frozenset[str] = frozenset()
         self._copies = 1
         self._start = self._mark = 0.0
         self.not_logged: str | None = None
@@ -125,7 +125,7 @@ class PerformanceCallback(TrainerCallback):
         self._flops = self._count(args, model)
         spans = () if self._flops is None else tuple(self._flops.pairs)
         self._meter = TokenMeter(model, spans, causal=self._convention == "causal")
-        self._recomputed, self._keeps_experts = recomputed_share(model), keeps_experts(model)
+        self._recomputed, self._kept = recomputed_share(model), kept(model)
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
         self._start = self._mark = time.perf_counter()
@@ -179,12 +179,6 @@ class PerformanceCallback(TrainerCallback):
         )
         return flops
 
-    def _kept(self, tokens: int) -> float:
-        """What of a recomputed layer's forward is not computed again: experts whose outputs are kept."""
-        if self._flops is None or not self._keeps_experts:
-            return 0.0
-        return (self._flops.fixed["experts"] * tokens).repeated
-
     def _measure(self, args: Any) -> dict[str, float]:
         assert self._meter is not None
         tokens, keys = self._meter.take()  # waits for the device, so that the clock is read after its work
@@ -192,11 +186,14 @@ class PerformanceCallback(TrainerCallback):
         if args.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(args.device) / 2**30
         self._start = self._mark = time.perf_counter()
-        work = Work()
+        work, again = Work(), 0.0
         if self._flops is not None:
-            work = sum((part * tokens for part in self._flops.fixed.values()), work)
-            work = sum((each * keys[span] for span, each in self._flops.pairs.items()), work)
-        hardware = work.total + (work.repeated - self._kept(tokens)) * self._recomputed
+            parts = {name: part * tokens for name, part in self._flops.fixed.items()}
+            scores = sum((each * keys[span] for span, each in self._flops.pairs.items()), Work())
+            work = sum(parts.values(), scores)
+            spared = {"moe_mlp": parts["experts"].repeated, "attention": scores.repeated}
+            again = work.repeated - sum(spared[name] for name in self._kept)
+        hardware = work.total + again * self._recomputed
         tokens_all, model_all, hardware_all = _reduce(args, [tokens, work.total, hardware], "SUM")
         seconds, memory = _reduce(args, [seconds, memory], "MAX")
         if tokens_all == 0:
@@ -250,11 +247,15 @@ def recomputed_share(model: nn.Module) -> float:
     return len(again) / len(layers) if layers else 0.0
 
 
-def keeps_experts(model: nn.Module) -> bool:
-    """Whether checkpointing keeps what the experts gave: `keep_experts` of hf/recompute.py is its context."""
+def kept(model: nn.Module) -> frozenset[str]:
+    """What of a recomputed layer's forward is not computed again, "moe_mlp" and "attention" (its scores):
+    what `keep` of hf/recompute.py, checkpointing's context, was asked for. Attention with a mask runs again
+    all the same, uncounted.
+    """
     switched = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
     contexts = (getattr(function, "keywords", {}).get("context_fn") for function in switched)
-    return any(getattr(context, "__name__", "") == "keep_experts" for context in contexts)
+    asked = (getattr(context, "keywords", {}).get("of") for context in contexts)
+    return frozenset(next(filter(None, asked), ()))
 
 
 def _checkpoints(layer: Any) -> bool:

@@ -29,7 +29,7 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "inv
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 # YAML 1.1 reads a bare `off` as false.
 Checkpoint = Annotated[
-    Literal["auto", "off", "keep-experts", "full"],
+    Literal["auto", "off", "keep-attention", "keep-experts", "full"],
     BeforeValidator(lambda value: "off" if value is False else value),
 ]
 
