@@ -5,8 +5,8 @@
 Every line of the first table is a process of its own, on an empty or a filled TRITON_CACHE_DIR. A step is
 forward and backward of a scalar loss with all gradients of one layer in bf16, as a training step has it:
 `torch.autograd.grad` with a given gradient of the output would import sympy first, in PyTorch itself.
-Compilations are counted in the caches that
-our kernels hold in memory: one that was found on disk counts as well.
+Compilations are counted in the caches that our kernels hold in memory: one that was found on disk counts as
+well.
 
 The floor is what Triton itself takes for the first launch of an empty kernel that it finds on disk: its
 import and, for its cache's keys, a hash of its own library (460 MB). `--profile` prints where the time of a

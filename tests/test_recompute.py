@@ -1,7 +1,9 @@
 """Checkpointing modes: what is kept, what runs again, and the estimate that chooses between them."""
 
+import copy
 import gc
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -260,14 +262,14 @@ def test_the_peak_is_a_sum_that_can_be_done_by_hand():
     assert told.of("keep-experts") == 1000 + 100 * 60 + 100 * 2 * 40, (
         "a layer again takes more than the logits"
     )
-    assert told.of("keep-attention") == 1000 + 500 + 100 * 2 * 60 + 100 * 40 - 500
+    assert told.of("keep-attention") == 1000 + 100 * 40 + 100 * 2 * 60
     assert told.of("full") == 1000 + 100 * 90 + 100 * 2 * 10
     assert plain(0, logits=9500).of("full") == 1000 + 9500 + 100 * 2 * 10
 
 
 def test_the_mode_that_recomputes_least_and_fits_is_chosen():
     peaks = {mode: plain(0).of(mode) for mode in MODES}
-    assert list(peaks.values()) == sorted(peaks.values(), reverse=True)
+    assert all(more > less for more, less in pairwise(peaks.values()))
     for mode, peak in peaks.items():
         enough = int(peak / recompute.USABLE) + 1
         assert plain(enough).choose() == mode
@@ -335,7 +337,7 @@ def test_autocast_and_frozen_weights_count():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_attention_is_kept_also_under_autocast_and_with_groups(autocast):
-    """bitwise what sdpa gives without; autocast casts queries and keys before it chooses a kernel."""
+    """Bitwise what sdpa gives without; autocast casts queries and keys before it chooses a kernel."""
     results = {}
     for mode in ("off", "keep-attention"):
         model = model_in("qwen3_moe", mode)
@@ -393,6 +395,7 @@ def test_restored_attention_is_kept_no_longer():
     summary = fastexperts.optimize(model, checkpoint="keep-attention", verbose=False)
     assert "attention with a mask" in str(summary)
     assert kept(model) == KEPT["keep-attention"]
+    model = copy.deepcopy(model)
     fastexperts.hf.optimize.restore(model)
     assert kept(model) == KEPT["keep-experts"]
     with Attentions() as attentions:

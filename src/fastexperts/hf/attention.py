@@ -58,15 +58,15 @@ class Interface:
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """As transformers' own."""
-        return self._guarded(name, self.forward.__globals__[INTERFACE].get_interface(name, default))
+        return self._ours(name, self.forward.__globals__[INTERFACE].get_interface(name, default))
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        return self._guarded(name, self.forward.__globals__[INTERFACE][name])
+        return self._ours(name, self.forward.__globals__[INTERFACE][name])
 
     def __str__(self) -> str:
         return GUARDED if self.guards else ON_CPU
 
-    def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _ours(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if name != "sdpa":
             return function
         kept = functools.partial(keeping, function) if self.keeps else function

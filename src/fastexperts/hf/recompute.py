@@ -211,6 +211,7 @@ def _either(model: Any, what: str) -> Any:
 
 
 Given = dict[str, list[tuple[ops.Results, list[int]]]]
+"""op -> what each of its calls gave, and how often each tensor of it had been written over."""
 
 
 class KeptResults(ops.ResultsThrough):
@@ -269,10 +270,10 @@ def keep_experts_alone(model: nn.Module) -> None:
     modules: Iterable[Any] = model.modules()
     for module in modules:
         again: Any = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(again, "keywords", {}).get("context_fn") is CONTEXTS["keep-attention"]:
-            module._gradient_checkpointing_func = functools.partial(
-                again, context_fn=CONTEXTS["keep-experts"]
-            )
+        context = getattr(again, "keywords", {}).get("context_fn")
+        if getattr(context, "keywords", {}).get("of") == KEEP["keep-attention"]:  # a copy of it as well
+            kept = functools.partial(again, context_fn=CONTEXTS["keep-experts"])
+            module._gradient_checkpointing_func = kept
 
 
 CONTEXTS = {mode: functools.partial(keep, of=of) for mode, of in KEEP.items()}
