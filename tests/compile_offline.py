@@ -77,18 +77,17 @@ def launch_every_pass_with_updates(dtype: torch.dtype, name: str, block_m: int, 
     h, a = kernels.up(x, w1, None, routing, act, True, Step(xa, b1))
     y = kernels.down(a, w2, None, routing, Step(kernels.shrink(a, a2, routing, tokens=False), b2))
     kernels.combine(y, weight, routing, dtype)
-    db = kernels.shrink(x, b2.mT, routing, tokens=True)
+    stored1, stored2 = (b.float().permute(1, 2, 0).contiguous().permute(2, 0, 1) for b in (b1, b2))
+    like2 = stored2.mT  # as PEFT stores it
+    rows = kernels.weigh(rows, weight, routing)
+    db, _ = kernels.shrink_dfactor(x, b2.mT, rows, routing, like2, tokens=True)
     dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, (True, True, True), Step(db, a2))
-    kernels.dw(db, wa, routing, a2)
-    kernels.dw(rows, x, routing, b2.mT.contiguous(), tokens="right")
-    dxa = kernels.shrink(dh, b1.mT, routing, tokens=False)
+    kernels.dfactor(wa, db, routing, a2.float(), 2.0)
+    dxa, _ = kernels.shrink_dfactor(dh, b1.mT, xa, routing, stored1.mT)
     kernels.combine(kernels.dx(dh, w1, routing, Step(dxa, a1)), None, routing, dtype)
-    kernels.dw(dxa, x, routing, a1, tokens="right")
-    kernels.dw(dh, xa, routing, b1)
-    for factor in (a1, b1.permute(1, 2, 0).contiguous().permute(2, 0, 1)):  # as PEFT stores them
-        stored = factor.float()
-        kernels.copy_scaled(stored, torch.empty_like(factor, memory_format=torch.contiguous_format), 2.0)
-        kernels.copy_scaled(factor, torch.empty_like(stored), 2.0)
+    kernels.dfactor(x, dxa, routing, a1.float(), 2.0, tokens=True)
+    for factor in (a1.float(), stored1):
+        kernels.copy_scaled(factor, torch.empty_like(factor, dtype=dtype).contiguous(), 2.0)
 
 
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:

@@ -264,6 +264,30 @@ MUTANTS = (
         "tl.load(p_weight + o_p, mask=pair >= 0, other=0.0)",
     ),
     Mutant(
+        "dfactor: the token of another row",
+        "kernels/low_rank.py",
+        "source = tl.load(p_pair_of_row + row, mask=m_k, other=0) // TOP_K",
+        "source = row // TOP_K",
+    ),
+    Mutant(
+        "dfactor: a row of the next expert",
+        "kernels/low_rank.py",
+        "m_k = row < end",
+        "m_k = row < end + 1",
+    ),
+    Mutant(
+        "dfactor: the last block of columns is not added",
+        "kernels/low_rank.py",
+        "tl.static_range(BLOCKS)",
+        "tl.static_range(BLOCKS - 1)",
+    ),
+    Mutant(
+        "dfactor: without the scale",
+        "kernels/low_rank.py",
+        "(acc * SCALE)",
+        "(acc * 1.0)",
+    ),
+    Mutant(
         "db: the last rows are left out",
         "kernels/sum_rows.py",
         "end = tl.load(p_offsets + i_e + 1)",

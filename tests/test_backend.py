@@ -41,6 +41,8 @@ def arguments(case=CASE):
         "shrink": (x, w1[:, :5], routing, True),
         "dw": (dout, wa, routing, inputs.w2, "left"),
         "db": (dout, weight, routing, inputs.b2),
+        "dfactor": (x, y[:, :16], routing, w1[:, :5], 0.5, True),
+        "shrink_dfactor": (y, w1[:, :16], y[:, 16:], routing, w1[:, :7].mT.contiguous().mT, 2.0),
         "weigh": (y, weight, routing),
         "copy_scaled": (w1.mT[:, :, :5], w1.new_full((len(w1), w1.shape[2] + 3, 4), float("nan")), 0.5),
     }
@@ -95,7 +97,10 @@ def extras(grad):
     return [extra.requires_grad_(grad) for extra in (inputs.b1, inputs.b2, *strided)]
 
 
-@pytest.mark.parametrize("primitive", ["up", "down", "combine", "dh", "dx", "shrink", "dw", "db", "weigh"])
+@pytest.mark.parametrize(
+    "primitive",
+    ["up", "down", "combine", "dh", "dx", "shrink", "dw", "dfactor", "shrink_dfactor", "db", "weigh"],
+)
 def test_backends_agree(primitive, monkeypatch):
     """Row by row, so that a fault names its primitive; the whole is held to fp64 in test_moe_cases."""
     use_interpreter(monkeypatch)

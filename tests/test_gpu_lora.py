@@ -23,7 +23,7 @@ QWEN3 = shapes.SHAPES["qwen3-30b"]
 SMALL = shapes.Shape("small", 512, 256, 12, 8)  # experts are not as many as any rank here
 FACTORS = ("a1", "b1", "a2", "b2")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-RING_PLANS = 5  # four row-tiled products, and one for both gradients of factors that gather tokens
+RING_PLANS = 4  # the row-tiled products
 
 
 @dataclass(frozen=True)

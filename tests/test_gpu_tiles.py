@@ -1,6 +1,7 @@
 """Every tile of the table that this GPU can run, at the shape of a real model, by the rule of test_gpu.py."""
 
 import pytest
+import test_gpu_lora
 import torch
 from test_gpu import build, check, ours, shapes
 
@@ -8,6 +9,7 @@ tiles = pytest.importorskip("fastexperts.kernels.tiles")
 launch, ring = (pytest.importorskip(f"fastexperts.kernels.{name}") for name in ("launch", "ring"))
 pytestmark = pytest.mark.gpu
 
+OF_UPDATES = ("shrink", "dfactor")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # (architecture, bytes): what one card runs in one step; the interpreter's and fp64's are proven on the CPU
 KEYS = [key for key in tiles.TABLE if key[0] != "interpreter" and key[1] in DTYPES]
@@ -17,10 +19,10 @@ def test_the_table_serves_this_gpu():
     assert {tiles._key(torch.device("cuda", 0), dtype) for dtype in DTYPES.values()} <= set(KEYS)
 
 
-@pytest.mark.parametrize(("tokens", "kind"), [(4096, "balanced"), (1000, "skewed")])
-@pytest.mark.parametrize(("arch", "size"), KEYS)
-def test_entries(arch, size, tokens, kind, monkeypatch):
-    """Older architectures' tiles run here too, on pointers as there."""
+@pytest.fixture(params=KEYS, ids=str)
+def entries(request, monkeypatch):
+    """(dtype, names of the passes that ran). Older architectures' tiles run here too, on pointers."""
+    arch, size = request.param
     name, *_ = arch.split()
     major = int(name[2:]) // 10 if name.startswith("sm") else 0
     if major > torch.cuda.get_device_capability()[0]:
@@ -35,7 +37,20 @@ def test_entries(arch, size, tokens, kind, monkeypatch):
         return tiles.TABLE[arch, size][name]
 
     monkeypatch.setattr(tiles, "tile", lookup)
-    inputs = build(shapes.SHAPES["qwen3-30b"], tokens, kind, DTYPES[size])
     with launch.forgotten():
-        check(inputs, ours(inputs), DTYPES[size])
-    assert used == tiles.TABLE[arch, size].keys() - {"shrink"}  # of updates, which test_gpu_lora.py has
+        yield DTYPES[size], used
+
+
+@pytest.mark.parametrize(("tokens", "kind"), [(4096, "balanced"), (1000, "skewed")])
+def test_entries(tokens, kind, entries):
+    dtype, used = entries
+    inputs = build(shapes.SHAPES["qwen3-30b"], tokens, kind, dtype)
+    check(inputs, ours(inputs), dtype)
+    assert used == set(tiles.PASSES) - {*OF_UPDATES}
+
+
+def test_entries_of_updates(entries):
+    dtype, used = entries
+    adapted = test_gpu_lora.adapt(build(shapes.SHAPES["qwen3-30b"], 1000, "skewed", dtype), 16, 16)
+    test_gpu_lora.check(adapted, test_gpu_lora.ours(adapted), dtype)
+    assert used == set(tiles.PASSES) - {"dw"}

@@ -100,6 +100,31 @@ class Backend(Protocol):
         """
 
     @staticmethod
+    def dfactor(
+        rows: Tensor,
+        against_PR: Tensor,
+        routing: Routing,
+        like_ErN: Tensor,
+        scale: float = 1.0,
+        tokens: bool = False,
+    ) -> Tensor:
+        """dfactor[e] = scale * against[rows of e]^T @ rows[rows of e], of the first r columns of `against`,
+        laid out as `like` and in its dtype; `tokens` as in `shrink`.
+        """
+
+    @staticmethod
+    def shrink_dfactor(
+        rows: Tensor,
+        factor_ERN: Tensor,
+        against_PR: Tensor,
+        routing: Routing,
+        like_ErN: Tensor,
+        scale: float = 1.0,
+        tokens: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(shrink, dfactor) of `rows`, which may be read once for both."""
+
+    @staticmethod
     def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
         """Each row times its pair's weight; for few columns."""
 

@@ -22,12 +22,14 @@ __all__ = [
     "combine",
     "copy_scaled",
     "db",
+    "dfactor",
     "dh",
     "down",
     "dw",
     "dx",
     "route",
     "shrink",
+    "shrink_dfactor",
     "up",
     "weigh",
 ]
@@ -127,6 +129,34 @@ def dw(
     right_PN = _gather(right, routing) if tokens == "right" else right
     out_EMN = torch.empty_like(like_EMN, dtype=dtype or like_EMN.dtype)
     return out_EMN.copy_(_grouped_mm(left_PM.t(), right_PN, routing.offsets_E1))
+
+
+def dfactor(
+    rows: Tensor,
+    against_PR: Tensor,
+    routing: Routing,
+    like_ErN: Tensor,
+    scale: float = 1.0,
+    tokens: bool = False,
+) -> Tensor:
+    rows_PN = _gather(rows, routing) if tokens else rows
+    grad_ERN = _grouped_mm(against_PR.t(), rows_PN, routing.offsets_E1)
+    return torch.empty_like(like_ErN).copy_(
+        grad_ERN[:, : like_ErN.shape[1]].to(accumulator(rows.dtype)) * scale
+    )
+
+
+def shrink_dfactor(
+    rows: Tensor,
+    factor_ERN: Tensor,
+    against_PR: Tensor,
+    routing: Routing,
+    like_ErN: Tensor,
+    scale: float = 1.0,
+    tokens: bool = False,
+) -> tuple[Tensor, Tensor]:
+    rows_PR = shrink(rows, factor_ERN, routing, tokens)
+    return rows_PR, dfactor(rows, against_PR, routing, like_ErN, scale, tokens)
 
 
 def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:

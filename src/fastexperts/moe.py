@@ -23,14 +23,15 @@ from fastexperts import backend
 from fastexperts.activations import Activation
 from fastexperts.dtypes import accumulator
 from fastexperts.routing import Routing
-from fastexperts.weights import Lora, Step
+from fastexperts.updates import Update
+from fastexperts.weights import Step
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer computes with beside its tokens: weights as stored, routing, updates as kernels read them.
+    """What a layer computes with beside its tokens: weights as stored, updates, routing.
 
-    dtype: of products. factors: of the gradients of updates, which are not rounded to `dtype` on their way.
+    dtype: of products.
     """
 
     weight_TK: Tensor
@@ -38,34 +39,38 @@ class Layer:
     w2_EDF: Tensor
     bias1_EG: Tensor | None
     bias2_ED: Tensor | None
-    lora1: Lora | None
-    lora2: Lora | None
+    update1: Update | None
+    update2: Update | None
     routing: Routing
     activation: Activation
     dtype: torch.dtype
-    factors: torch.dtype
 
 
 def forward(
-    x_TD: Tensor, layer: Layer, keep_h: bool, unread: bool = False
+    x_TD: Tensor, layer: Layer, keep_h: bool, unread: bool = False, rows: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out_TD, h_PG, xa_PR, ya_PR). Products run in `dtype`; the casts live as long as the call.
 
-    unread: the backward alone comes after, so `out` is NaN, without w2 and combine.
+    unread: the backward alone comes after, so `out` is NaN, without w2 and combine. rows: the xa and ya of an
+    earlier call with the same arguments.
     An update w + b a is one more step of the product with w: x w^T + (x a^T) b^T, with xa = x a^T kept.
     """
     ops, routing, dtype = backend.load(x_TD.device), layer.routing, layer.dtype
     step1 = step2 = None
     x = x_TD.to(dtype)
-    if layer.lora1:
-        step1 = Step(ops.shrink(x, layer.lora1.a, routing, tokens=True), layer.lora1.b)
+    xa_PR, ya_PR = rows or (x.new_empty(0), x.new_empty(0))
+    if layer.update1:
+        if not rows:
+            xa_PR = ops.shrink(x, layer.update1.a, routing, tokens=True)
+        step1 = Step(xa_PR, layer.update1.b)
     w1, bias1 = layer.w1_EGD.to(dtype), layer.bias1_EG
     h_PG, a_PF = ops.up(x, w1, bias1, routing, layer.activation, keep_h, step1)
-    if layer.lora2:
-        step2 = Step(ops.shrink(a_PF, layer.lora2.a, routing, tokens=False), layer.lora2.b)
-    xa_PR, ya_PR = (step.rows_PR if step else x.new_empty(0) for step in (step1, step2))
+    if layer.update2 and not rows:
+        ya_PR = ops.shrink(a_PF, layer.update2.a, routing, tokens=False)
     if unread:
         return torch.full_like(x_TD, math.nan), h_PG, xa_PR, ya_PR
+    if layer.update2:
+        step2 = Step(ya_PR, layer.update2.b)
     y_PD = ops.down(a_PF, layer.w2_EDF.to(dtype), layer.bias2_ED, routing, step2)
     out_TD = ops.combine(y_PD, layer.weight_TK, routing, x_TD.dtype)
     return out_TD, h_PG, xa_PR, ya_PR
@@ -89,9 +94,12 @@ def backward(
     need_dh = need_dx or need_dw1 or need_dbias1 or need_da1 or need_db1
     need_wa = need_dw2 or need_da2
     dh_PG = wa_PF = x.new_empty(0)
+    if layer.update2 and (need_dh or need_wa or need_dweight or need_db2):
+        # v = W2^T dout + a^T (b^T dout), and db = dout^T (weight * ya)
+        wya_PR = ops.weigh(ya_PR, layer.weight_TK, routing) if need_db2 else None
+        rows_PR, db2 = through_b(dout, layer.update2, wya_PR, routing, tokens=True)
+        step2 = Step(rows_PR, layer.update2.a)
     if need_dh or need_wa or need_dweight:
-        if layer.lora2:  # v = W2^T dout + a^T (b^T dout)
-            step2 = Step(ops.shrink(dout, layer.lora2.b.mT, routing, tokens=True), layer.lora2.a)
         if layer.bias2_ED is not None and need_dweight:
             plus_TK = inner_products(dout, layer.bias2_ED, routing)
         dh_PG, wa_PF, dweight_TK = ops.dh(
@@ -102,17 +110,13 @@ def backward(
         dw2_EDF = ops.dw(dout, wa_PF, routing, layer.w2_EDF, tokens="left")
     if layer.bias2_ED is not None and need_dbias2:
         dbias2 = ops.db(dout, layer.weight_TK, routing, layer.bias2_ED)
-    if step2 and need_da2:
-        da2 = ops.dw(step2.rows_PR, wa_PF, routing, step2.w, dtype=layer.factors)
-    if layer.lora2 and need_db2:
-        # transposed: with r columns the product's blocks are mostly padding (H100, r = 16: 0.30 ms; da1, of
-        # the same shape as this, 0.14)
-        like_ERD = torch.empty_like(layer.lora2.b.mT, memory_format=torch.contiguous_format)
-        wya_PR = ops.weigh(ya_PR, layer.weight_TK, routing)
-        db2 = ops.dw(wya_PR, dout, routing, like_ERD, tokens="right", dtype=layer.factors).mT
+    if step2 and layer.update2 and need_da2:
+        a2, scale2 = layer.update2.stored.a, layer.update2.stored.scale
+        da2 = ops.dfactor(wa_PF, step2.rows_PR, routing, a2, scale2)
     del wa_PF
-    if layer.lora1 and (need_dx or need_da1):
-        step1 = Step(ops.shrink(dh_PG, layer.lora1.b.mT, routing, tokens=False), layer.lora1.a)
+    if layer.update1 and (need_dx or need_da1 or need_db1):
+        rows_PR, db1 = through_b(dh_PG, layer.update1, xa_PR if need_db1 else None, routing)
+        step1 = Step(rows_PR, layer.update1.a)
     if need_dx:
         dx_PD = ops.dx(dh_PG, layer.w1_EGD.to(dtype), routing, step1)
         dx_TD = ops.combine(dx_PD, None, routing, x_TD.dtype)
@@ -121,12 +125,24 @@ def backward(
         dw1_EGD = ops.dw(dh_PG, x, routing, layer.w1_EGD, tokens="right")
     if layer.bias1_EG is not None and need_dbias1:
         dbias1 = ops.db(dh_PG, None, routing, layer.bias1_EG)
-    if step1 and need_da1:
-        da1 = ops.dw(step1.rows_PR, x, routing, step1.w, tokens="right", dtype=layer.factors)
-    if layer.lora1 and need_db1:
-        db1 = ops.dw(dh_PG, xa_PR, routing, layer.lora1.b, dtype=layer.factors)
+    if step1 and layer.update1 and need_da1:
+        a1, scale1 = layer.update1.stored.a, layer.update1.stored.scale
+        da1 = ops.dfactor(x, step1.rows_PR, routing, a1, scale1, tokens=True)
     dweight = dweight_TK if need_dweight else None
     return dx_TD, dweight, dw1_EGD, dw2_EDF, dbias1, dbias2, da1, db1, da2, db2
+
+
+def through_b(
+    rows: Tensor, update: Update, against_PR: Tensor | None, routing: Routing, tokens: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Backward through an update's `b`, of the gradient `rows` of what it gave: (that of what it got,
+    rows @ b; db = rows^T against, of what it got, or None).
+    """
+    ops, b_ERN, like_ErN = backend.load(rows.device), update.b.mT, update.stored.b.mT
+    if against_PR is None:
+        return ops.shrink(rows, b_ERN, routing, tokens), None
+    rows_PR, db_ErN = ops.shrink_dfactor(rows, b_ERN, against_PR, routing, like_ErN, tokens=tokens)
+    return rows_PR, db_ErN.mT
 
 
 def inner_products(dout_TD: Tensor, bias_ED: Tensor, routing: Routing) -> Tensor:

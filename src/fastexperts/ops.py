@@ -23,13 +23,16 @@ from fastexperts.checks import check_moe_mlp
 from fastexperts.library import op
 from fastexperts.moe import Layer, backward, forward
 from fastexperts.routing import Routing, check_ids, schedule_length
-from fastexperts.weights import RANK_STEP, Lora, Weight, as_weight
+from fastexperts.updates import Update, padded
+from fastexperts.weights import Lora, Weight, as_weight
 
 EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
 """What the two projections may have beside their weights: all of them, or none."""
 PRIMALS = 4  # x, weight, w1, w2: what is always differentiated
 
 NAME = "moe_mlp"
+ROWS = slice(2, 4)
+"""Of its results, the rows of updates."""
 Results = tuple[Tensor, ...]
 _thread = threading.local()
 
@@ -48,7 +51,8 @@ class ResultsThrough(contextlib.AbstractContextManager[None]):
 
     def through(self, op: str, compute: Callable[..., Results]) -> Results:
         """`compute()` computes the results of `op`; our layer's `compute(unread=True)`, with NaN in the place
-        of the output, without w2 and combine.
+        of the output, without w2 and combine, and with the `rows` of an earlier call (results in `ROWS`)
+        without the products with an update's `a`.
         """
         raise NotImplementedError
 
@@ -143,36 +147,17 @@ def restored(
     weight_TK: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, extras: Sequence[Tensor], act: str,
     numbers: Sequence[float], routing: Routing, dtype: torch.dtype,
 ) -> Layer:  # fmt: skip
-    """The inverse of `flattened` and of an activation's; updates packed for kernels."""
-    bias1 = bias2 = lora1 = lora2 = None
-    params, factors = list(numbers), dtype
+    """The inverse of `flattened` and of an activation's."""
+    bias1 = bias2 = update1 = update2 = None
+    params = list(numbers)
     if extras:
         *params, scale1, scale2 = numbers
         bias1, bias2 = (bias if bias.numel() else None for bias in extras[:2])
         _, _, a1, b1, a2, b2 = extras
         loras = (Lora(a1, b1, scale1), Lora(a2, b2, scale2))
-        lora1, lora2 = (_packed(lora, dtype) if lora.a.numel() else None for lora in loras)
-        # none is rounded to another's: the sums are cast to each factor's own
-        own = [factor.dtype for factor in (a1, b1, a2, b2) if factor.numel()]
-        factors = functools.reduce(torch.promote_types, own, dtype)
+        update1, update2 = (Update(lora, dtype) if lora.a.numel() else None for lora in loras)
     activation = Activation.of(act, params)
-    return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, lora1, lora2, routing, activation, dtype, factors)
-
-
-def _packed(lora: Lora, dtype: torch.dtype) -> Lora:
-    """The factors as kernels read them: in `dtype`, ranks padded, columns adjacent, the scale in `a`."""
-    ops, (experts, rank, dim_in) = backend.load(lora.a.device), lora.a.shape
-    padded = rank + -rank % RANK_STEP
-    a_ERK = lora.a.new_empty((experts, padded, dim_in), dtype=dtype)
-    b_ENR = lora.b.new_empty((*lora.b.shape[:2], padded), dtype=dtype)
-    return Lora(ops.copy_scaled(lora.a, a_ERK, lora.scale), ops.copy_scaled(lora.b, b_ENR))
-
-
-def _unpacked(grad: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
-    """The gradient of `factor`, laid out as it is, from that of what `_packed` made of it."""
-    if not grad.numel():
-        return grad
-    return backend.load(grad.device).copy_scaled(grad, torch.empty_like(factor), scale)
+    return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, update1, update2, routing, activation, dtype)
 
 
 @op(NAME)
@@ -191,14 +176,14 @@ def _moe_mlp(
     """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
     num_experts = w2_EDF.shape[0]
 
-    def compute(unread: bool = False) -> Results:
+    def compute(unread: bool = False, rows: Results = ()) -> Results:
         if settings.check_ids():
             check_ids(ids_TK, num_experts)
         ops = backend.load(x_TD.device)
         with backend.current(x_TD.device):
             routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
             layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
-            return *forward(x_TD, layer, keep_h, unread), *routing.tensors
+            return *forward(x_TD, layer, keep_h, unread, rows), *routing.tensors
 
     through = through_of(NAME)
     return compute() if through is None else through(compute)  # type: ignore[return-value]
@@ -215,8 +200,7 @@ def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
         return ids_TK.new_empty(shape, dtype=torch.int32)
 
     def rows(a: Tensor) -> Tensor:
-        rank = a.shape[1] + -a.shape[1] % RANK_STEP
-        return x_TD.new_empty((num_pairs, rank) if a.numel() else 0, dtype=dtype)
+        return x_TD.new_empty((num_pairs, padded(a.shape[1])) if a.numel() else 0, dtype=dtype)
 
     return (
         x_TD.new_empty(x_TD.shape),
@@ -248,14 +232,7 @@ def _moe_mlp_backward(
     with backend.current(x_TD.device):
         layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
         found = backward(dout_TD, x_TD, layer, kept[:3], every)
-        grads = [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
-        if not extras:
-            return grads
-        *others, da1, db1, da2, db2 = grads
-        _, _, a1, b1, a2, b2 = extras
-        scale1, scale2 = numbers[-2:]
-        factors = (_unpacked(da1, a1, scale1), _unpacked(db1, b1), _unpacked(da2, a2, scale2))
-        return [*others, *factors, _unpacked(db2, b2)]
+        return [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
 
 
 @_moe_mlp_backward.fake

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +23,42 @@ from fastexperts.hf.compare import has_data
 TOKENS = 4
 
 
-class _Unread(ops.ResultsThrough):
-    """Our layer gives NaN as its output, and all that its own backward needs."""
+class _Rows(ops.ResultsThrough):
+    """Keeps of our layers the rows of updates, a few columns of each pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[ops.Results] = []
 
     def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
-        return compute(unread=True)
+        results = compute()
+        self.kept.append(tuple(rows.detach() for rows in results[ops.ROWS]))
+        return results
+
+
+class _Unread(ops.ResultsThrough):
+    """Our layers give NaN as their output, and all that their own backward needs, from the rows in `kept`."""
+
+    def __init__(self, kept: Sequence[ops.Results] = ()) -> None:
+        super().__init__()
+        self._kept = kept
+        self._next: Iterator[ops.Results] = iter(())
+
+    def __enter__(self) -> None:
+        self._next = iter(self._kept)
+        super().__enter__()
+
+    def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
+        rows = tuple(kept.detach() for kept in next(self._next, ()))  # autograd writes on what an op gives
+        return compute(unread=True, rows=rows)
 
 
 def contexts() -> tuple[Any, Any]:
     """The contexts of a checkpoint (forward, computed again) of a layer that `unread_layers` gave."""
     if compiling():
         return policy_contexts(CheckpointPolicy.PREFER_RECOMPUTE)
-    return contextlib.nullcontext(), _Unread()
+    rows = _Rows()
+    return rows, _Unread(rows.kept)
 
 
 def compiling() -> bool:

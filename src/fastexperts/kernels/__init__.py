@@ -9,6 +9,7 @@ from fastexperts.kernels.combine import combine, weigh
 from fastexperts.kernels.copy_scaled import copy_scaled
 from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, shrink, up
+from fastexperts.kernels.low_rank import dfactor, shrink_dfactor
 from fastexperts.kernels.routing import route
 from fastexperts.kernels.sum_rows import db
 from fastexperts.kernels.tiles import block_m
@@ -18,12 +19,14 @@ __all__ = [
     "combine",
     "copy_scaled",
     "db",
+    "dfactor",
     "dh",
     "down",
     "dw",
     "dx",
     "route",
     "shrink",
+    "shrink_dfactor",
     "up",
     "weigh",
 ]

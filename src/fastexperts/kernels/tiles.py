@@ -15,7 +15,7 @@ import torch
 from fastexperts import settings
 from fastexperts.errors import refuse
 
-PASSES = ("up", "down", "dh", "dx", "dw", "shrink")
+PASSES = ("up", "down", "dh", "dx", "dw", "shrink", "dfactor")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Tile:
     """One program's block [m, n] of the output, `k` of the contraction a step; `group` row tiles share L2.
 
     programs_per_sm: 0 is a program per block, else a persistent grid; flatten: its two loops pipelined as
-    one; subtiles: column slices of the epilogue.
+    one; subtiles: column slices of the epilogue. Of "dfactor", `m` is the rank up to which blocks have `n`
+    columns (a higher one has fewer), and there is a program per block.
     """
 
     m: int
@@ -82,6 +83,14 @@ def narrowed(tile: Tile, **dims: int) -> Tile:
     return replace(tile, **fitting, subtiles=1 if fitting["n"] < tile.n else tile.subtiles)
 
 
+def fitted(size: int, dim: int) -> int:
+    """`size` of a block, or less: until the blocks of `dim` have an eighth behind its end at most."""
+    size = min(size, max(16, 1 << (dim - 1).bit_length()))
+    while size > 64 and -dim % size > dim // 8:
+        size //= 2
+    return size
+
+
 def _small(m: int, warps: int = 4) -> dict[str, Tile]:
     return dict.fromkeys(PASSES, Tile(m, m, 32, warps=warps, stages=2, subtiles=2))
 
@@ -94,6 +103,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dx": Tile(128, 256, 64, stages=3, group=16, flatten=True, subtiles=2),
         "dw": Tile(128, 256, 64, stages=3, subtiles=2),
         "shrink": Tile(128, 128, 64, warps=4, programs_per_sm=0),
+        "dfactor": Tile(32, 256, 64),
     },
     ("sm90 pointers", 2): {  # not flattened: address arithmetic does not pipeline across blocks
         "up": Tile(128, 128, 64, programs_per_sm=0, subtiles=4),
@@ -102,6 +112,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dx": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=2),
         "dw": Tile(128, 256, 64, stages=3, subtiles=2),
         "shrink": Tile(128, 128, 64, warps=4, programs_per_sm=0),
+        "dfactor": Tile(32, 256, 64),
     },
     ("sm80", 2): {
         "up": Tile(128, 64, 64, stages=3),
@@ -110,6 +121,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dx": Tile(128, 128, 64, stages=3),
         "dw": Tile(128, 128, 32, stages=3),
         "shrink": Tile(128, 128, 32, stages=3),
+        "dfactor": Tile(32, 128, 64, warps=4, stages=3),
     },
     ("gpu", 4): _small(64, warps=8),  # 4 warps spill: up 13 KB a thread
     ("gpu", 8): _small(16),
