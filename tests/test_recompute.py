@@ -170,10 +170,10 @@ def test_compiled_whole(mode):
 
 
 def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):
-    """Nor do adapters on w2: their rows are kept, and are there without it."""
+    """Nor do adapters: their rows, a few columns of a pair, are kept."""
     peft = pytest.importorskip("peft")
-    calls = []
-    for name in ("up", "down", "combine"):
+    calls, names = [], ("up", "down", "combine", "shrink")
+    for name in names:
         original = getattr(cpu, name)
         monkeypatch.setattr(
             cpu,
@@ -189,9 +189,10 @@ def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):
         torch.manual_seed(0)
         calls.clear()
         results[mode] = step(peft.get_peft_model(model, config), batch())
-        counted[mode] = [calls.count(name) for name in ("up", "down", "combine")]
-    # the third and fourth combine are of dx: checkpointing asks for that of the first layer's input as well
-    assert counted == {"off": [2, 2, 3], "full": [4, 2, 4]}
+        counted[mode] = [calls.count(name) for name in names]
+    # the third and fourth combine are of dx: checkpointing asks for that of the first layer's input as well;
+    # half of the shrinks are of gradients
+    assert counted == {"off": [2, 2, 3, 8], "full": [4, 2, 4, 8]}
     assert_close(results["full"], results["off"], 0)
 
 

@@ -3,7 +3,8 @@
     off             everything is kept
     keep-attention  as keep-experts, and the output of attention: its projections are computed again
     keep-experts    of each layer its input and the experts' h: attention, norms and router are computed again
-    full            of each layer its input; the experts' output is not computed again where nothing reads it
+    full            of each layer its input, and the rows of updates of experts; the experts' output is not
+                    computed again where nothing reads it
 
 Those that recompute are PyTorch's non-reentrant checkpointing through transformers' switch; the middle two
 add that what our op, or sdpa, gave is given again, and nothing else.

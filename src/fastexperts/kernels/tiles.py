@@ -103,7 +103,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dx": Tile(128, 256, 64, stages=3, group=16, flatten=True, subtiles=2),
         "dw": Tile(128, 256, 64, stages=3, subtiles=2),
         "shrink": Tile(128, 128, 64, warps=4, programs_per_sm=0),
-        "dfactor": Tile(32, 256, 64),
+        "dfactor": Tile(64, 256, 64),
     },
     ("sm90 pointers", 2): {  # not flattened: address arithmetic does not pipeline across blocks
         "up": Tile(128, 128, 64, programs_per_sm=0, subtiles=4),
@@ -112,7 +112,7 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
         "dx": Tile(128, 256, 64, stages=3, programs_per_sm=0, subtiles=2),
         "dw": Tile(128, 256, 64, stages=3, subtiles=2),
         "shrink": Tile(128, 128, 64, warps=4, programs_per_sm=0),
-        "dfactor": Tile(32, 256, 64),
+        "dfactor": Tile(64, 256, 64),
     },
     ("sm80", 2): {
         "up": Tile(128, 64, 64, stages=3),
