@@ -2,13 +2,12 @@
 
     python benchmarks/compile_time.py --output benchmarks/results/compile-time
 
-Every line of the first table is a process of its own, on an empty or a filled folder with Triton's cache and
-Python's bytecode, which pip writes where it installs (the lent H100's host has none, and compiles 100 modules
-of Triton anew in each process without it). A step is
-forward and backward of a scalar loss with all gradients of one layer in bf16, as a training step has it:
-`torch.autograd.grad` with a given gradient of the output would import sympy first, in PyTorch itself.
-Compilations are counted in the caches that our kernels hold in memory: one that was found on disk counts as
-well.
+Every line of the first table is a process of its own, on an empty or a filled TRITON_CACHE_DIR, with Python's
+bytecode cached as an installation has it (the lent H100's host has none, and without it compiles 100 modules
+of Triton anew in each process). A step is forward and backward of a scalar loss with all gradients of one
+layer in bf16, as a training step has it: `torch.autograd.grad` with a given gradient of the output would
+import sympy first, in PyTorch itself. Compilations are counted in the caches that our kernels hold in memory:
+one that was found on disk counts as well.
 
 The floor is what Triton itself takes for the first launch of an empty kernel that it finds on disk: its
 import and, for its cache's keys, a hash of its own library (460 MB). `--profile` prints where the time of a
@@ -123,11 +122,16 @@ def profiled(call: Callable[[], object]) -> None:
     pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(45)
 
 
+def with_bytecode(cache: str) -> dict[str, str]:
+    """The environment of a process that finds bytecode in `cache`, and leaves it there."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPYCACHEPREFIX": f"{cache}/bytecode"}
+
+
 def run_child(shape: str, tokens: int, cache: str, *flags: str) -> dict[str, object]:
-    """`child`, or what `flags` name, in a process of its own, with Triton's cache and Python's in `cache`."""
+    """`child`, or what `flags` name, in a process of its own, with Triton's cache in `cache`."""
     command = [sys.executable, __file__, "--child", "--shape", shape, "--tokens", str(tokens), *flags]
-    environment = {**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONPYCACHEPREFIX": f"{cache}/bytecode"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment = with_bytecode(cache) | {"TRITON_CACHE_DIR": f"{cache}/triton"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.startswith(MARK)]
     if result.returncode or not lines:
@@ -153,6 +157,8 @@ def main() -> None:
         print(MARK + json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as cache:
+        imports = "import torch, triton.compiler, fastexperts.kernels"
+        subprocess.run([sys.executable, "-c", imports], env=with_bytecode(cache), check=True)
         runs = [
             {"cache": name, **run_child(args.shape, args.tokens, cache)}
             for name in ("cold", "warm", "warm", "warm")

@@ -218,7 +218,7 @@ MUTANTS = (
         "p_v = V + i_e.to(tl.int64) * (PARTS * SPREAD * N * R)",
         "p_v = V + i_e.to(tl.int64) * 0",
     ),
-    Mutant("update: the scale is lost", "ops.py", "a_ERK, lora.scale)", "a_ERK, 1.0)"),
+    Mutant("update: the scale is lost", "updates.py", "self.stored.scale)", "1.0)"),
     Mutant(
         "update: what the padding held before",
         "kernels/copy_scaled.py",
@@ -276,10 +276,16 @@ MUTANTS = (
         "m_k = row < end + 1",
     ),
     Mutant(
-        "dfactor: the last block of columns is not added",
+        "dfactor: the first block of columns is not added",
         "kernels/low_rank.py",
-        "tl.static_range(BLOCKS)",
-        "tl.static_range(BLOCKS - 1)",
+        "tl.range(0, BLOCKS, loop",
+        "tl.range(1, BLOCKS, loop",
+    ),
+    Mutant(
+        "dfactor: a column less than the rank",
+        "kernels/low_rank.py",
+        "(o_r < RANK)[None, :]",
+        "(o_r < RANK - 1)[None, :]",
     ),
     Mutant(
         "dfactor: without the scale",

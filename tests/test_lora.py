@@ -72,6 +72,8 @@ CASES = [
     Adapted(Case(tokens=129, experts=16, top_k=1, dims=(32, 16)), 4, 4),
     Adapted(Case(tokens=33, experts=4, dims=(48, 80), dtype=F16), 16, 16, 2.0, F32),
     Adapted(Case(tokens=33, experts=4, dims=(48, 80), dtype=F16), 7, 9, 0.5),
+    Adapted(Case(tokens=33, experts=3, dims=(48, 80), routing="one empty"), 32, 130),
+    Adapted(Case(tokens=33, experts=3, dims=(48, 300), routing="sentinels", dtype=F16), 129, 17, 0.5, F32),
     Adapted(Case(tokens=1, experts=4, dims=(48, 80), routing="all sentinels"), 4, 4),
     Adapted(Case(tokens=0, experts=4, dims=(48, 80)), 4, 4),
 ]

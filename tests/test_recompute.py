@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -170,9 +171,9 @@ def test_compiled_whole(mode):
 
 
 def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):
-    """Nor do adapters: their rows, a few columns of a pair, are kept."""
+    """Nor do adapters: their rows, a few columns of a pair, are kept, and the routing of these."""
     peft = pytest.importorskip("peft")
-    calls, names = [], ("up", "down", "combine", "shrink")
+    calls, names = [], ("up", "down", "combine", "shrink", "route")
     for name in names:
         original = getattr(cpu, name)
         monkeypatch.setattr(
@@ -192,8 +193,36 @@ def test_full_recomputation_needs_no_w2_and_no_combine(monkeypatch):
         counted[mode] = [calls.count(name) for name in names]
     # the third and fourth combine are of dx: checkpointing asks for that of the first layer's input as well;
     # half of the shrinks are of gradients
-    assert counted == {"off": [2, 2, 3, 8], "full": [4, 2, 4, 8]}
+    assert counted == {"off": [2, 2, 3, 8, 2], "full": [4, 2, 4, 8, 2]}
     assert_close(results["full"], results["off"], 0)
+
+
+def test_rows_of_adapters_are_kept_apart_given_again_and_let_go():
+    peft = pytest.importorskip("peft")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=2, target_parameters=targets, init_lora_weights=False)
+
+    def gradients(mode, order):
+        """Of two losses, in this order, each twice."""
+        model = model_in("qwen3_moe", mode)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, config)
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        losses = [model(**batch(length)).loss for length in (24, 16)]
+        once = {i: torch.autograd.grad(losses[i], leaves, retain_graph=True) for i in order}
+        again = {i: torch.autograd.grad(losses[i], leaves) for i in order}
+        assert all(torch.equal(a, b) for i in order for a, b in zip(once[i], again[i], strict=True))
+        return [*once[0], *once[1]]
+
+    gc.collect()
+    gc.disable()
+    try:
+        expected = gradients("off", (0, 1))
+        for order in ((0, 1), (1, 0)):
+            assert all(map(torch.equal, gradients("full", order), expected))
+        assert not any(issubclass(type(o), ops.ResultsThrough) for o in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_a_layer_that_reads_its_experts_output_computes_it_again():
@@ -308,7 +337,10 @@ def test_an_adapter_adds_little():
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets)
     adapted = peft.get_peft_model(model, config).get_base_model()
     after = estimate(adapted, 100, "cpu", fused=True)
-    assert after.layers == before.layers
+    columns = 2 * 16 * model.config.num_experts_per_tok  # of two projections, padded, in fp32
+    for one, other in zip(after.layers, before.layers, strict=True):
+        assert one == replace(other, again=other.again + 4 * columns, experts=other.experts + 4 * columns)
+        assert one.of("full") - other.of("full") == 4 * columns
     assert after.fixed < before.fixed, "the base is frozen"
 
 
@@ -318,7 +350,9 @@ def test_an_adapter_on_shared_experts_adds_little():
     before = estimate(model, 100, "cpu", fused=True)
     config = fastexperts.lora_config(model, 2, shared_experts=True, verbose=False)
     adapted = peft.get_peft_model(model, config).get_base_model()
-    assert estimate(adapted, 100, "cpu", fused=True).layers == before.layers
+    after = estimate(adapted, 100, "cpu", fused=True)
+    without = [replace(layer, experts=0, again=0) for layer in after.layers]
+    assert without == [replace(layer, experts=0, again=0) for layer in before.layers]
 
 
 def test_autocast_and_frozen_weights_count():

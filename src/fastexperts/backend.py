@@ -93,10 +93,9 @@ class Backend(Protocol):
         routing: Routing,
         like_EMN: Tensor,
         tokens: str = "",
-        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """dw[e] = left_PM[rows of e]^T @ right_PN[rows of e], strides and, unless given, dtype as `like`;
-        `tokens`: "left" or "right" holds tokens, of rows taken as in `up`.
+        """dw[e] = left_PM[rows of e]^T @ right_PN[rows of e], strides and dtype as `like`; `tokens`: "left"
+        or "right" holds tokens, of rows taken as in `up`.
         """
 
     @staticmethod

@@ -123,11 +123,10 @@ def dw(
     routing: Routing,
     like_EMN: Tensor,
     tokens: str = "",
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     left_PM = _gather(left, routing) if tokens == "left" else left
     right_PN = _gather(right, routing) if tokens == "right" else right
-    out_EMN = torch.empty_like(like_EMN, dtype=dtype or like_EMN.dtype)
+    out_EMN = torch.empty_like(like_EMN)
     return out_EMN.copy_(_grouped_mm(left_PM.t(), right_PN, routing.offsets_E1))
 
 

@@ -31,8 +31,8 @@ EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
 PRIMALS = 4  # x, weight, w1, w2: what is always differentiated
 
 NAME = "moe_mlp"
-ROWS = slice(2, 4)
-"""Of its results, the rows of updates."""
+AGAIN = slice(2, None)
+"""Of its results, the rows of updates and the routing that they are in the order of."""
 Results = tuple[Tensor, ...]
 _thread = threading.local()
 
@@ -51,8 +51,8 @@ class ResultsThrough(contextlib.AbstractContextManager[None]):
 
     def through(self, op: str, compute: Callable[..., Results]) -> Results:
         """`compute()` computes the results of `op`; our layer's `compute(unread=True)`, with NaN in the place
-        of the output, without w2 and combine, and with the `rows` of an earlier call (results in `ROWS`)
-        without the products with an update's `a`.
+        of the output, without w2 and combine, and with the results in `AGAIN` of an earlier call as `kept`
+        without what gave these.
         """
         raise NotImplementedError
 
@@ -176,12 +176,16 @@ def _moe_mlp(
     """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
     num_experts = w2_EDF.shape[0]
 
-    def compute(unread: bool = False, rows: Results = ()) -> Results:
+    def compute(unread: bool = False, kept: Results = ()) -> Results:
         if settings.check_ids():
             check_ids(ids_TK, num_experts)
         ops = backend.load(x_TD.device)
         with backend.current(x_TD.device):
-            routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
+            rows, routed = kept[:2], kept[2:]
+            if routed:
+                routing = Routing.of(routed, ids_TK.shape[1])
+            else:
+                routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
             layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
             return *forward(x_TD, layer, keep_h, unread, rows), *routing.tensors
 

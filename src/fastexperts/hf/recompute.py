@@ -3,8 +3,8 @@
     off             everything is kept
     keep-attention  as keep-experts, and the output of attention: its projections are computed again
     keep-experts    of each layer its input and the experts' h: attention, norms and router are computed again
-    full            of each layer its input, and the rows of updates of experts; the experts' output is not
-                    computed again where nothing reads it
+    full            of each layer its input; the experts' output is not computed again where nothing reads it,
+                    and rows of updates are kept there
 
 Those that recompute are PyTorch's non-reentrant checkpointing through transformers' switch; the middle two
 add that what our op, or sdpa, gave is given again, and nothing else.
@@ -28,6 +28,7 @@ from fastexperts.hf import attention, kept_attention, liger, unread
 from fastexperts.hf.inventory import Row, interface_modules, row_of, unwrapped
 from fastexperts.hf.kept_attention import ATTENTION
 from fastexperts.hf.swiglu import PROJECTIONS
+from fastexperts.updates import padded
 
 MODES = ("off", "keep-attention", "keep-experts", "full")
 KEEP = {"keep-experts": (ops.NAME,), "keep-attention": (ops.NAME, ATTENTION)}
@@ -42,18 +43,21 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Kept:
     """What a decoder layer keeps of a token, in bytes: its input, the experts' outputs and h, attention's
-    output, the rest.
+    output, the rest; again: of the experts', what is kept even where they are computed again.
     """
 
     input: int
     experts: int
     attention: int
     rest: int
+    again: int = 0
 
     def of(self, mode: str) -> int:
         """What is kept until the backward under `mode`."""
         if mode == "off":
             return self.whole
+        if mode == "full":
+            return self.input + self.again
         kept = {ops.NAME: self.experts, ATTENTION: self.attention}
         return self.input + sum(kept[what] for what in KEEP.get(mode, ()))
 
@@ -171,9 +175,24 @@ def kept_of(layer: Any, experts: dict[str, Row], config: Any, size: int) -> Kept
             rest += module.in_features if narrows else module.out_features * (1 if dense else 2)
         elif weight.dim() == 2:  # a router: logits, probabilities and their sum, in fp32
             rest += 3 * 4 * len(weight) // size
-    kept = sum(hidden + (row.top_k or 1) * (2 * (row.intermediate or 0) + 4) for row in experts.values())
+    kept = again = 0
+    for name, row in experts.items():
+        top_k, routing = row.top_k or 1, 4  # two integers a pair, in elements of two bytes
+        again += top_k * (routing + _columns_of_updates(layer, name, row))
+        kept += hidden + top_k * 2 * (row.intermediate or 0)
+    kept += again
     attention = min(attention_width(config), rest)  # the sum that sdpa keeps of each head is little
-    return Kept(hidden * size, kept * size, attention * size, (rest - attention) * size)
+    return Kept(hidden * size, kept * size, attention * size, (rest - attention) * size, again * size)
+
+
+def _columns_of_updates(layer: nn.Module, name: str, row: Row) -> int:
+    """The ranks of PEFT's adapters on the experts `name` of `layer`, as kernels pad them."""
+    factors = (
+        parameter
+        for of, parameter in layer.named_parameters()
+        if ".lora_A." in of and unwrapped(of).startswith(f"{name}.")
+    )
+    return sum(padded(len(factor) // (row.experts or 1)) for factor in factors)
 
 
 def attention_width(config: Any) -> int:

@@ -23,8 +23,10 @@ from fastexperts.hf.compare import has_data
 TOKENS = 4
 
 
-class _Rows(ops.ResultsThrough):
-    """Keeps of our layers the rows of updates, a few columns of each pair."""
+class _Kept(ops.ResultsThrough):
+    """Keeps of our layers the rows of updates and their routing, a few numbers of each pair: computed again,
+    the rows would need all of x and a once more, and another routing would give them to other pairs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,12 +34,12 @@ class _Rows(ops.ResultsThrough):
 
     def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
         results = compute()
-        self.kept.append(tuple(rows.detach() for rows in results[ops.ROWS]))
+        self.kept.append(tuple(tensor.detach() for tensor in results[ops.AGAIN]))
         return results
 
 
 class _Unread(ops.ResultsThrough):
-    """Our layers give NaN as their output, and all that their own backward needs, from the rows in `kept`."""
+    """Our layers give NaN as their output, and all that their own backward needs, from what was `kept`."""
 
     def __init__(self, kept: Sequence[ops.Results] = ()) -> None:
         super().__init__()
@@ -49,16 +51,17 @@ class _Unread(ops.ResultsThrough):
         super().__enter__()
 
     def through(self, op: str, compute: Callable[..., ops.Results]) -> ops.Results:
-        rows = tuple(kept.detach() for kept in next(self._next, ()))  # autograd writes on what an op gives
-        return compute(unread=True, rows=rows)
+        kept = next(self._next, ())
+        # autograd writes on what an op gives
+        return compute(unread=True, kept=tuple(tensor.detach() for tensor in kept))
 
 
 def contexts() -> tuple[Any, Any]:
     """The contexts of a checkpoint (forward, computed again) of a layer that `unread_layers` gave."""
     if compiling():
         return policy_contexts(CheckpointPolicy.PREFER_RECOMPUTE)
-    rows = _Rows()
-    return rows, _Unread(rows.kept)
+    kept = _Kept()
+    return kept, _Unread(kept.kept)
 
 
 def compiling() -> bool:

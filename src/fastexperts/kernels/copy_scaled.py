@@ -1,5 +1,5 @@
-"""Factors of updates, from the layout they are stored in to the one that products read, and their gradients
-back: scaled, cast, padded and transposed in one pass.
+"""Factors of updates, from the layout they are stored in to the one that products read, and gradients back:
+scaled, cast, padded and transposed in one pass.
 
 Legend: E experts, X and Y the two dims of a factor.
 """

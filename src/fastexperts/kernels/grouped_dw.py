@@ -149,14 +149,13 @@ def dw(
     routing: Routing,
     like_EMN: Tensor,
     tokens: str = "",
-    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """See backend.Backend."""
     if like_EMN.stride(2) != 1 and like_EMN.stride(1) == 1:
         # stored [E, N, M]: the transposed product writes it along its rows
         other = {"left": "right", "right": "left", "": ""}[tokens]
-        return dw(right, left, routing, like_EMN.mT, other, dtype).mT
-    out_EMN = torch.empty_like(like_EMN, dtype=dtype or like_EMN.dtype)
+        return dw(right, left, routing, like_EMN.mT, other).mT
+    out_EMN = torch.empty_like(like_EMN)
     if out_EMN.numel() == 0 or len(routing.pair_of_row_P) == 0:
         return out_EMN.zero_()
     left, right = packed(left), packed(right)

@@ -16,14 +16,17 @@ from torch import Tensor
 from fastexperts.dtypes import accumulator
 from fastexperts.kernels import tiles
 from fastexperts.kernels.copy_scaled import copy_scaled
+from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import shrink
 from fastexperts.kernels.launch import Plan, planned
 from fastexperts.kernels.operands import packed, precision, tl_accumulator
 from fastexperts.routing import Routing
 
-ONE_READING = 32
-"""The rank up to which both come of one reading: the partial products, fp32 and one per block of columns,
-are then an eighth of its bytes.
+WIDEST = 128
+"""The rank up to which rows are streamed: a program holds that many columns of `against`."""
+PARTIAL = 4
+"""Both come of one reading where the partial products, one per block of columns, are a quarter of its bytes
+or less.
 """
 SUMMED = 1024  # elements of a program that sums them
 
@@ -88,7 +91,7 @@ def _sum_partial(
     """Grid (size blocks,): one program adds the NB partial sums of BLOCK elements, in order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], p_partial.dtype.element_ty)
-    for i in tl.static_range(BLOCKS):
+    for i in tl.range(0, BLOCKS, loop_unroll_factor=8):
         total += tl.load(p_partial + i * size.to(tl.int64) + o, mask=o < size, other=0.0)
     tl.store(p_out + o, total.to(p_out.dtype.element_ty), mask=o < size)
 
@@ -99,8 +102,9 @@ def _plan(
     tokens: bool,
 ) -> Plan:  # fmt: skip
     num_rank, dim_n = against_PR.shape[1], out_ErN.shape[2]
-    tile, block_r = tiles.tile(rows.device, rows.dtype, "dfactor"), max(16, triton.next_power_of_2(num_rank))
-    block_n = tiles.fitted(tile.n * tile.m // max(tile.m, block_r), dim_n)
+    tile = tiles.tile(rows.device, rows.dtype, "dfactor")
+    block_r, block_n = _block(tile, num_rank)
+    block_n = tiles.fitted(block_n, dim_n)
     strides = (0, 0, 0) if factor_ERN is None else factor_ERN.stride()
     return Plan(
         _dfactor,
@@ -117,6 +121,18 @@ def _plan(
     )  # fmt: skip
 
 
+def _block(tile: tiles.Tile, rank: int) -> tuple[int, int]:
+    """(of the rank, of columns)."""
+    block_r = max(16, triton.next_power_of_2(rank))
+    return block_r, max(16, tile.n * tile.m // max(tile.m, block_r))
+
+
+def _reads_once(rows: Tensor, rank: int) -> bool:
+    block_r, block_n = _block(tiles.tile(rows.device, rows.dtype, "dfactor"), rank)
+    partial, read = block_r * accumulator(rows.dtype).itemsize, block_n * rows.dtype.itemsize
+    return rank <= WIDEST and PARTIAL * partial <= read
+
+
 @planned
 def _sum_plan(partial: Tensor, out: Tensor, *, blocks: int) -> Plan:
     return Plan(_sum_partial, (None, None), (), dict(BLOCKS=blocks, BLOCK=SUMMED))
@@ -127,7 +143,13 @@ def dfactor(
     tokens: bool = False,
 ) -> Tensor:  # fmt: skip
     """See backend.Backend."""
-    return _launch(rows, None, against_PR, routing, like_ErN, scale, tokens)[1]
+    rank = against_PR.shape[1]
+    if rank <= WIDEST:
+        return _launch(rows, None, against_PR, routing, like_ErN, scale, tokens)[1]
+    shape = len(like_ErN), rank, like_ErN.shape[2]
+    like_ERN = like_ErN.new_empty(shape, dtype=accumulator(rows.dtype))
+    grad_ERN = dw(against_PR, rows, routing, like_ERN, "right" if tokens else "")
+    return copy_scaled(grad_ERN, torch.empty_like(like_ErN), scale)
 
 
 def shrink_dfactor(
@@ -135,7 +157,7 @@ def shrink_dfactor(
     scale: float = 1.0, tokens: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See backend.Backend."""
-    if factor_ERN.shape[1] > ONE_READING:
+    if not _reads_once(rows, factor_ERN.shape[1]):
         rows_PR = shrink(rows, factor_ERN, routing, tokens)
         return rows_PR, dfactor(rows, against_PR, routing, like_ErN, scale, tokens)
     return _launch(rows, factor_ERN, against_PR, routing, like_ErN, scale, tokens)

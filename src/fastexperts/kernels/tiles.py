@@ -95,6 +95,8 @@ def _small(m: int, warps: int = 4) -> dict[str, Tile]:
     return dict.fromkeys(PASSES, Tile(m, m, 32, warps=warps, stages=2, subtiles=2))
 
 
+_INTERPRETED = _small(32) | {"dfactor": Tile(32, 128, 32)}
+
 TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     ("sm90", 2): {
         "up": Tile(128, 128, 64, programs_per_sm=0, subtiles=4),
@@ -125,9 +127,9 @@ TABLE: dict[tuple[str, int], dict[str, Tile]] = {
     },
     ("gpu", 4): _small(64, warps=8),  # 4 warps spill: up 13 KB a thread
     ("gpu", 8): _small(16),
-    ("interpreter", 2): _small(32),
-    ("interpreter", 4): _small(32),
-    ("interpreter", 8): _small(32),
+    ("interpreter", 2): _INTERPRETED,
+    ("interpreter", 4): _INTERPRETED,
+    ("interpreter", 8): _INTERPRETED,
 }
 
 
