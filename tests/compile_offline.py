@@ -86,8 +86,7 @@ def launch_every_pass_with_updates(dtype: torch.dtype, name: str, block_m: int, 
     dxa, _ = kernels.shrink_dfactor(dh, b1.mT, xa, routing, stored1.mT)
     kernels.combine(kernels.dx(dh, w1, routing, Step(dxa, a1)), None, routing, dtype)
     kernels.dfactor(x, dxa, routing, a1.float(), 2.0, tokens=True)
-    for factor in (a1.float(), stored1):
-        kernels.copy_scaled(factor, torch.empty_like(factor, dtype=dtype).contiguous(), 2.0)
+    kernels.pack(a1.float(), stored1, 2.0, rank, dtype)
 
 
 def verdict(kernel: object, arch: int, ptxas: str) -> dict[str, int]:

@@ -44,7 +44,7 @@ def arguments(case=CASE):
         "dfactor": (x, y[:, :16], routing, w1[:, :5], 0.5, True),
         "shrink_dfactor": (y, w1[:, :16], y[:, 16:], routing, w1[:, :7].mT.contiguous().mT, 2.0),
         "weigh": (y, weight, routing),
-        "copy_scaled": (w1.mT[:, :, :5], w1.new_full((len(w1), w1.shape[2] + 3, 4), float("nan")), 0.5),
+        "pack": (w1[:, :5], w1.mT[:, :, :5], 0.5, 16, torch.float32),
     }
 
 

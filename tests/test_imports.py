@@ -16,6 +16,7 @@ LAYERS = (
     {"kernels"},
     {"checks", "cpu", "reference"},
     {"backend"},
+    {"updates"},
     {"moe"},
     {"ops"},
     {"hf", "metrics"},

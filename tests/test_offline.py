@@ -20,7 +20,7 @@ RING = {"_hopper_mm": 4, "_hopper_dw": 2}
 # of four products with few columns, two come with the gradient of a factor
 ONE_READING = {"_grouped_mm": 2, "_dfactor": 4, "_sum_partial": 2}
 TWO_READINGS = {"_grouped_mm": 4, "_dfactor": 4}
-OF_UPDATES = {"_weigh": 1, "_copy_scaled": 4}
+OF_UPDATES = {"_weigh": 1, "_pack": 1, "_copy_scaled": 2}
 OTHERS = {"_count": 1, "_scan": 1, "_place": 1, "_combine": 2, "_sum_dweight": 1}
 
 

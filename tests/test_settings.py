@@ -99,15 +99,18 @@ def test_the_call_reads_them_anew(monkeypatch):
         moe_mlp(*arguments)
 
 
+ROWS_CONTRACTED = ("dw", "dfactor")
+
+
 def test_the_ring_and_the_tables_of_its_cards_share_blocks():
     from fastexperts.kernels import ring, tiles
 
     for arch in ("sm90", "sm90 pointers"):
         table = tiles.TABLE[arch, 2]
-        assert {tile.m for name, tile in table.items() if name != "dw"} == {ring.BLOCK_M}
+        assert {tile.m for name, tile in table.items() if name not in ROWS_CONTRACTED} == {ring.BLOCK_M}
         assert table["dh"].n == ring.BLOCK_N
     for table in tiles.TABLE.values():
-        assert len({tile.m for name, tile in table.items() if name != "dw"}) == 1
+        assert len({tile.m for name, tile in table.items() if name not in ROWS_CONTRACTED}) == 1
     with pytest.raises(ValueError, match="buffers"):
         tiles.Ring(buffers=4)
 
@@ -128,3 +131,14 @@ def test_what_the_ring_cannot_copy_goes_elsewhere(monkeypatch):
     assert not ring.available(torch.zeros(8, 24, dtype=torch.bfloat16).unflatten(1, (2, 12)))
     monkeypatch.setenv("FASTEXPERTS_TMA", "0")
     assert not hopper_dw.serves(rows, rows, out, gather_m=True)
+
+
+def test_blocks_are_fitted_to_what_they_cover():
+    from fastexperts.kernels import tiles
+
+    assert tiles.fitted(512, 2048) == 512
+    assert tiles.fitted(512, 768) == 256, "a third of the second block would be behind the end"
+    assert tiles.fitted(512, 2816) == 512, "an eleventh"
+    assert tiles.fitted(256, 48) == 64
+    assert tiles.fitted(256, 5) == 16
+    assert tiles.fitted(16, 4096) == 16

@@ -128,8 +128,12 @@ class Backend(Protocol):
         """Each row times its pair's weight; for few columns."""
 
     @staticmethod
-    def copy_scaled(source_EXY: Tensor, out_EXY: Tensor, scale: float = 1.0) -> Tensor:
-        """out = scale * source, whatever the strides and dtypes of either: 0 where source ends before out."""
+    def pack(
+        a_ErK: Tensor, b_ENr: Tensor, scale: float, rank: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(scale * a [E, R, K], b [E, N, R]) in `dtype`, contiguous, 0 behind r: an update's factors as
+        products read them.
+        """
 
     @staticmethod
     def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ from fastexperts.weights import Step
 __all__ = [
     "block_m",
     "combine",
-    "copy_scaled",
     "db",
     "dfactor",
     "dh",
     "down",
     "dw",
     "dx",
+    "pack",
     "route",
     "shrink",
     "shrink_dfactor",
@@ -163,10 +163,12 @@ def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
     return (rows_PR * weight_P[:, None]).to(rows_PR.dtype)
 
 
-def copy_scaled(source_EXY: Tensor, out_EXY: Tensor, scale: float = 1.0) -> Tensor:
-    common = tuple(slice(min(dims)) for dims in zip(source_EXY.shape, out_EXY.shape, strict=True))
-    out_EXY.zero_()[common] = source_EXY[common].to(accumulator(source_EXY.dtype)) * scale
-    return out_EXY
+def pack(a_ErK: Tensor, b_ENr: Tensor, scale: float, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scaled_ErK = (a_ErK.to(accumulator(a_ErK.dtype)) * scale).to(dtype)
+    behind = rank - a_ErK.shape[1]
+    return nnf.pad(scaled_ErK, (0, 0, 0, behind)).contiguous(), nnf.pad(
+        b_ENr.to(dtype), (0, behind)
+    ).contiguous()
 
 
 def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fastexperts.weights import RANK_STEP, Lora
 
 @dataclass(frozen=True)
 class Update:
-    """`stored`, and its factors as kernels read them, each made when it is first asked for: in `dtype`, ranks
+    """`stored`, and its factors as kernels read them, made when they are first asked for: in `dtype`, ranks
     padded to R, columns adjacent, the scale in `a`.
     """
 
@@ -22,22 +22,19 @@ class Update:
     dtype: torch.dtype
 
     @functools.cached_property
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        a, b, scale = self.stored.a, self.stored.b, self.stored.scale
+        return backend.load(a.device).pack(a, b, scale, padded(a.shape[1]), self.dtype)
+
+    @property
     def a(self) -> Tensor:
         """[E, R, in]"""
-        factor = self.stored.a
-        experts, rank, dim_in = factor.shape
-        return self._copy(factor, (experts, padded(rank), dim_in), self.stored.scale)
+        return self._packed[0]
 
-    @functools.cached_property
+    @property
     def b(self) -> Tensor:
         """[E, out, R]"""
-        factor = self.stored.b
-        experts, dim_out, rank = factor.shape
-        return self._copy(factor, (experts, dim_out, padded(rank)))
-
-    def _copy(self, factor: Tensor, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        out = factor.new_empty(shape, dtype=self.dtype)
-        return backend.load(factor.device).copy_scaled(factor, out, scale)
+        return self._packed[1]
 
 
 def padded(rank: int) -> int:

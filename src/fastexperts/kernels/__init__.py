@@ -6,7 +6,7 @@ shape.
 """
 
 from fastexperts.kernels.combine import combine, weigh
-from fastexperts.kernels.copy_scaled import copy_scaled
+from fastexperts.kernels.copy_scaled import pack
 from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import dh, down, dx, shrink, up
 from fastexperts.kernels.low_rank import dfactor, shrink_dfactor
@@ -17,13 +17,13 @@ from fastexperts.kernels.tiles import block_m
 __all__ = [
     "block_m",
     "combine",
-    "copy_scaled",
     "db",
     "dfactor",
     "dh",
     "down",
     "dw",
     "dx",
+    "pack",
     "route",
     "shrink",
     "shrink_dfactor",
