@@ -285,7 +285,7 @@ def page(records: dict[str, Record]) -> str:
             continue
         rows, steps = rows_of(record), breakdown_of(record)
         many = len(by_implementation(rows)) > 1
-        title = "Shapes, lengths and skew" if many else f"One layer of {rows[0].shape}"
+        title = "Shapes, lengths and skew" if many else f"One layer of {name.removeprefix('layer-')}"
         text += (
             f"\n## {title}\n\n{environment_line(record)}.\n\n![{title}](../benchmarks/results/{name}.png)\n\n"
         )
