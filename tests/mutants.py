@@ -218,7 +218,7 @@ MUTANTS = (
         "p_v = V + i_e.to(tl.int64) * (PARTS * SPREAD * N * R)",
         "p_v = V + i_e.to(tl.int64) * 0",
     ),
-    Mutant("update: the scale is lost", "updates.py", "self.stored.scale)", "1.0)"),
+    Mutant("update: the scale is lost", "updates.py", "pack(a, b, scale,", "pack(a, b, 1.0,"),
     Mutant(
         "update: what the padding held before",
         "kernels/copy_scaled.py",
