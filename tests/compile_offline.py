@@ -82,10 +82,10 @@ def launch_every_pass_with_updates(dtype: torch.dtype, name: str, block_m: int, 
     rows = kernels.weigh(rows, weight, routing)
     db, _ = kernels.shrink_dfactor(x, b2.mT, rows, routing, like2, tokens=True)
     dh, wa, _ = kernels.dh(x, w2, h, weight, routing, act, (True, True, True), Step(db, a2))
-    kernels.dfactor(wa, db, routing, a2.float(), 2.0)
-    dxa, _ = kernels.shrink_dfactor(dh, b1.mT, xa, routing, stored1.mT)
+    kernels.dfactor(wa, db, routing, a2.float(), False, 2.0)
+    dxa, _ = kernels.shrink_dfactor(dh, b1.mT, xa, routing, stored1.mT, tokens=False)
     kernels.combine(kernels.dx(dh, w1, routing, Step(dxa, a1)), None, routing, dtype)
-    kernels.dfactor(x, dxa, routing, a1.float(), 2.0, tokens=True)
+    kernels.dfactor(x, dxa, routing, a1.float(), True, 2.0)
     kernels.pack(a1.float(), stored1, 2.0, rank, dtype)
 
 

@@ -41,8 +41,8 @@ def arguments(case=CASE):
         "shrink": (x, w1[:, :5], routing, True),
         "dw": (dout, wa, routing, inputs.w2, "left"),
         "db": (dout, weight, routing, inputs.b2),
-        "dfactor": (x, y[:, :16], routing, w1[:, :5], 0.5, True),
-        "shrink_dfactor": (y, w1[:, :16], y[:, 16:], routing, w1[:, :7].mT.contiguous().mT, 2.0),
+        "dfactor": (x, y[:, :16], routing, w1[:, :5], True, 0.5),
+        "shrink_dfactor": (y, w1[:, :16], y[:, 16:], routing, w1[:, :7].mT.contiguous().mT, False),
         "weigh": (y, weight, routing),
         "pack": (w1[:, :5], w1.mT[:, :, :5], 0.5, 16, torch.float32),
     }
@@ -99,7 +99,7 @@ def extras(grad):
 
 @pytest.mark.parametrize(
     "primitive",
-    ["up", "down", "combine", "dh", "dx", "shrink", "dw", "dfactor", "shrink_dfactor", "db", "weigh"],
+    ["up", "down", "combine", "dh", "dx", "shrink", "dw", "dfactor", "shrink_dfactor", "db", "weigh", "pack"],
 )
 def test_backends_agree(primitive, monkeypatch):
     """Row by row, so that a fault names its primitive; the whole is held to fp64 in test_moe_cases."""

@@ -100,12 +100,7 @@ class Backend(Protocol):
 
     @staticmethod
     def dfactor(
-        rows: Tensor,
-        against_PR: Tensor,
-        routing: Routing,
-        like_ErN: Tensor,
-        scale: float = 1.0,
-        tokens: bool = False,
+        rows: Tensor, against_PR: Tensor, routing: Routing, like_ErN: Tensor, tokens: bool, scale: float = 1.0
     ) -> Tensor:
         """dfactor[e] = scale * against[rows of e]^T @ rows[rows of e], of the first r columns of `against`,
         laid out as `like` and in its dtype; `tokens` as in `shrink`.
@@ -113,13 +108,7 @@ class Backend(Protocol):
 
     @staticmethod
     def shrink_dfactor(
-        rows: Tensor,
-        factor_ERN: Tensor,
-        against_PR: Tensor,
-        routing: Routing,
-        like_ErN: Tensor,
-        scale: float = 1.0,
-        tokens: bool = False,
+        rows: Tensor, factor_ERN: Tensor, against_PR: Tensor, routing: Routing, like_ErN: Tensor, tokens: bool
     ) -> tuple[Tensor, Tensor]:
         """(shrink, dfactor) of `rows`, which may be read once for both."""
 

@@ -131,31 +131,17 @@ def dw(
 
 
 def dfactor(
-    rows: Tensor,
-    against_PR: Tensor,
-    routing: Routing,
-    like_ErN: Tensor,
-    scale: float = 1.0,
-    tokens: bool = False,
+    rows: Tensor, against_PR: Tensor, routing: Routing, like_ErN: Tensor, tokens: bool, scale: float = 1.0
 ) -> Tensor:
     rows_PN = _gather(rows, routing) if tokens else rows
-    grad_ERN = _grouped_mm(against_PR.t(), rows_PN, routing.offsets_E1)
-    return torch.empty_like(like_ErN).copy_(
-        grad_ERN[:, : like_ErN.shape[1]].to(accumulator(rows.dtype)) * scale
-    )
+    grad_ERN = _grouped_mm(against_PR.t(), rows_PN, routing.offsets_E1).to(accumulator(rows.dtype))
+    return torch.empty_like(like_ErN).copy_(scale * grad_ERN[:, : like_ErN.shape[1]])
 
 
 def shrink_dfactor(
-    rows: Tensor,
-    factor_ERN: Tensor,
-    against_PR: Tensor,
-    routing: Routing,
-    like_ErN: Tensor,
-    scale: float = 1.0,
-    tokens: bool = False,
+    rows: Tensor, factor_ERN: Tensor, against_PR: Tensor, routing: Routing, like_ErN: Tensor, tokens: bool
 ) -> tuple[Tensor, Tensor]:
-    rows_PR = shrink(rows, factor_ERN, routing, tokens)
-    return rows_PR, dfactor(rows, against_PR, routing, like_ErN, scale, tokens)
+    return shrink(rows, factor_ERN, routing, tokens), dfactor(rows, against_PR, routing, like_ErN, tokens)
 
 
 def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
@@ -164,11 +150,9 @@ def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
 
 
 def pack(a_ErK: Tensor, b_ENr: Tensor, scale: float, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scaled_ErK = (a_ErK.to(accumulator(a_ErK.dtype)) * scale).to(dtype)
-    behind = rank - a_ErK.shape[1]
-    return nnf.pad(scaled_ErK, (0, 0, 0, behind)).contiguous(), nnf.pad(
-        b_ENr.to(dtype), (0, behind)
-    ).contiguous()
+    scaled_ErK, behind = a_ErK.to(accumulator(a_ErK.dtype)) * scale, rank - a_ErK.shape[1]
+    a_ERK, b_ENR = nnf.pad(scaled_ErK, (0, 0, 0, behind)), nnf.pad(b_ENr, (0, behind))
+    return a_ERK.to(dtype).contiguous(), b_ENR.to(dtype).contiguous()
 
 
 def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:

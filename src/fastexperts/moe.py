@@ -112,10 +112,10 @@ def backward(
         dbias2 = ops.db(dout, layer.weight_TK, routing, layer.bias2_ED)
     if step2 and layer.update2 and need_da2:
         a2, scale2 = layer.update2.stored.a, layer.update2.stored.scale
-        da2 = ops.dfactor(wa_PF, step2.rows_PR, routing, a2, scale2)
+        da2 = ops.dfactor(wa_PF, step2.rows_PR, routing, a2, tokens=False, scale=scale2)
     del wa_PF
     if layer.update1 and (need_dx or need_da1 or need_db1):
-        rows_PR, db1 = through_b(dh_PG, layer.update1, xa_PR if need_db1 else None, routing)
+        rows_PR, db1 = through_b(dh_PG, layer.update1, xa_PR if need_db1 else None, routing, tokens=False)
         step1 = Step(rows_PR, layer.update1.a)
     if need_dx:
         dx_PD = ops.dx(dh_PG, layer.w1_EGD.to(dtype), routing, step1)
@@ -127,16 +127,16 @@ def backward(
         dbias1 = ops.db(dh_PG, None, routing, layer.bias1_EG)
     if step1 and layer.update1 and need_da1:
         a1, scale1 = layer.update1.stored.a, layer.update1.stored.scale
-        da1 = ops.dfactor(x, step1.rows_PR, routing, a1, scale1, tokens=True)
+        da1 = ops.dfactor(x, step1.rows_PR, routing, a1, tokens=True, scale=scale1)
     dweight = dweight_TK if need_dweight else None
     return dx_TD, dweight, dw1_EGD, dw2_EDF, dbias1, dbias2, da1, db1, da2, db2
 
 
 def through_b(
-    rows: Tensor, update: Update, against_PR: Tensor | None, routing: Routing, tokens: bool = False
+    rows: Tensor, update: Update, against_PR: Tensor | None, routing: Routing, tokens: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Backward through an update's `b`, of the gradient `rows` of what it gave: (that of what it got,
-    rows @ b; db = rows^T against, of what it got, or None).
+    """Backward through an update's `b`, from the gradient of its output, `rows`: (the gradient of its input,
+    rows @ b; db = rows^T against, where `against` is that input, or None without).
     """
     ops, b_ERN, like_ErN = backend.load(rows.device), update.b.mT, update.stored.b.mT
     if against_PR is None:
