@@ -1,9 +1,11 @@
 """Every tile of the table that this GPU can run, at the shape of a real model, by the rule of test_gpu.py."""
 
+from dataclasses import replace
+
 import pytest
 import test_gpu_lora
 import torch
-from test_gpu import build, check, ours, shapes
+from support_gpu import build, check, equal, ours, shapes
 
 tiles = pytest.importorskip("fastexperts.kernels.tiles")
 launch, ring = (pytest.importorskip(f"fastexperts.kernels.{name}") for name in ("launch", "ring"))
@@ -54,3 +56,16 @@ def test_entries_of_updates(entries):
     adapted = test_gpu_lora.adapt(build(shapes.SHAPES["qwen3-30b"], 1000, "skewed", dtype), 16, 16)
     test_gpu_lora.check(adapted, test_gpu_lora.ours(adapted), dtype)
     assert used == set(tiles.PASSES) - {"dw"}
+
+
+def test_the_group_of_the_ring_changes_no_bit(monkeypatch):
+    inputs = build(shapes.SHAPES["qwen3-30b"], 1000, "skewed", torch.bfloat16)
+    results = []
+    for alone in ((0, 1), (0, 1000)):  # MB
+        for name, entry in tiles.RINGS.items():
+            monkeypatch.setitem(tiles.RINGS, name, replace(entry, alone=alone))
+        assert tiles.RINGS["up"].group_of(8 << 20) == (1 if alone[1] > 8 else 16)
+        with launch.forgotten():
+            results.append(ours(inputs))
+    check(inputs, results[1], torch.bfloat16)
+    assert equal(*results)

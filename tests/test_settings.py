@@ -115,6 +115,13 @@ def test_the_ring_and_the_tables_of_its_cards_share_blocks():
         tiles.Ring(buffers=4)
 
 
+def test_row_tiles_walk_alone_where_l2_holds_an_experts_matrix():
+    from fastexperts.kernels.tiles import Ring
+
+    ring = Ring(group=4, alone=(10, 32))
+    assert [ring.group_of(int(mb * 1e6)) for mb in (6, 9.9, 10, 31.9, 32, 235)] == [4, 4, 1, 1, 4, 4]
+
+
 def test_what_the_ring_cannot_copy_goes_elsewhere(monkeypatch):
     """Fp64 gradients, rows of 8 but not 16 values, parts of h that start off 16 bytes, mixed dtypes."""
     from fastexperts.kernels import hopper_dw, ring

@@ -356,6 +356,7 @@ def plan(
         width = BLOCK_N // parts
         return [half, step], [1, 1, step, width] if kn else [1, 1, width, step]
 
+    group = ring.group_of(w_EC__[0].numel() * w_EC__.element_size())
     rank = more.rows_PR.shape[1] if more else 0
     rank_k = math.gcd(rank, BLOCK_K)  # of a step behind K
     (a_block, w_block), (more_a_block, more_w_block) = blocks(BLOCK_K), blocks(rank_k)
@@ -377,7 +378,7 @@ def plan(
         ),
         (a.stride(0), dim_n, dim_k),
         dict(
-            options, PARTS=parts, R=rank, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, RK=rank_k, GROUP=ring.group,
+            options, PARTS=parts, R=rank, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, RK=rank_k, GROUP=group,
             STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
             EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2), MORE_LAYOUT=swizzled(2, width=2 * rank_k),
             DTYPE=gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16,

@@ -48,10 +48,14 @@ class Tile:
 class Ring:
     """A Hopper kernel's slots (48 KB each: blocks of 128 x 64 and 64 x 256), its L2 group, and staging
     buffers of 8 KB a consumer. producer_registers: of 504 a thread, the consumers share the rest.
+
+    alone: MB of an expert's matrix, from and below, with which each row tile of `up`, `down`, `dh` and `dx`
+    walks the columns alone: L2 holds that matrix for the tiles after it.
     """
 
     stages: int = 4
     group: int = 8
+    alone: tuple[int, int] = (10, 32)
     buffers: int = 2
     producer_registers: int = 40
 
@@ -62,11 +66,16 @@ class Ring:
                 f"Ring: `buffers` got {self.buffers}; it needs 1 or 2. More would be overwritten."
             )
 
+    def group_of(self, matrix_bytes: int) -> int:
+        """`group`, or 1 where row tiles walk alone."""
+        least, most = self.alone
+        return 1 if least <= matrix_bytes / 1e6 < most else self.group
+
 
 # Where these run, m of the tables below is 128 and n of "dh" 256, as in a ring's blocks: they share schedules
 # and the partial sums of dweight.
 RINGS: dict[str, Ring] = {
-    "up": Ring(group=16, producer_registers=56),
+    "up": Ring(group=16, alone=(20, 32), producer_registers=56),
     "down": Ring(group=4),
     "dh": Ring(stages=3, group=4, buffers=1, producer_registers=48),  # h takes 64 KB
     "dx": Ring(group=4),
