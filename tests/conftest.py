@@ -1,7 +1,10 @@
 """What holds for every test: seeded, offline, and Triton's interpreter where there is no GPU."""
 
+import fcntl
 import os
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,3 +34,20 @@ def seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_large():
+    """Of the tests that use it, one at a time: xdist workers share a card, and these take half of it."""
+    with (Path(tempfile.gettempdir()) / "fastexperts-one-large.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def given_back(request):
+    """A GPU test leaves no memory behind that those of other xdist workers, on the same card, lack."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()

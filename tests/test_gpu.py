@@ -22,8 +22,6 @@ NAMES = ("out", "dx", "dweight", "dw1", "dw2")
 def exact_fp32():
     """The eager loop is what it says: no TF32."""
     assert not torch.backends.cuda.matmul.allow_tf32
-    yield
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,6 +221,7 @@ BOUNDARY = {
 }
 
 
+@pytest.mark.usefixtures("one_large")
 @pytest.mark.parametrize("tensor", BOUNDARY)
 def test_beyond_int32(tensor):
     shape, tokens = BOUNDARY[tensor]
@@ -233,6 +232,7 @@ def test_beyond_int32(tensor):
     check(inputs, ours(inputs), torch.bfloat16)
 
 
+@pytest.mark.usefixtures("one_large")
 def test_a_column_major_x_beyond_int32():
     shape = shapes.Shape("x", 4096, 16, 4, 1)
     inputs = build(shape, 2**19 + 77)

@@ -21,6 +21,7 @@ def inputs_of(name, tokens, kind, dtype=torch.bfloat16, device="cuda", shape=Non
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("one_large")
 @pytest.mark.parametrize(("tokens", "kind"), [(4096, "balanced"), (1000, "skewed")])
 @pytest.mark.parametrize("name", shapes.SPECIALS)
 def test_real_shapes(name, tokens, kind):
