@@ -32,7 +32,8 @@ venv: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	# --no-deps: the extra index is asked for torch alone; its dependencies come with the next line, from PyPI.
+	@echo "Installing into .venv: a minute or two."
+	@# --no-deps: the extra index is asked for torch alone; its dependencies come with the next line, from PyPI.
 	$(PIP) --retries 1 --no-deps $(TORCH)
 	$(PIP) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@

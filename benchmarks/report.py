@@ -158,8 +158,8 @@ def breakdown_tables(steps: Breakdown) -> str:
 Each pass alone at {steps.shape}, T = {steps.tokens:,}, {steps.routing}: replayed from a CUDA graph (Python's
 launches do not count), L2 flushed before each replay. The floor is the time of the dense product of the same
 FLOPs, or the least bytes (each operand read once, each result written once) at the {copy:.2f} TB/s of a large
-copy, whichever is longer; all in one run, taking turns. Every time includes the {1e3 * steps.timer_ms:.0f} us
-that a graph of one tiny kernel takes.
+copy, whichever is longer; all in one run, taking turns. It is a yardstick and no bound: reads alone are
+faster than a copy. Every time includes the {1e3 * steps.timer_ms:.0f} us of a graph of one tiny kernel.
 
 """
     text += table(["pass", "ms", "speed", "floor, ms", "floor / time", "of the step"], lines)

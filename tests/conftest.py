@@ -39,7 +39,7 @@ def seeded():
 @pytest.fixture
 def one_large():
     """Of the tests that use it, one at a time: xdist workers share a card, and these take half of it."""
-    with (Path(tempfile.gettempdir()) / "fastexperts-one-large.lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"fastexperts-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
         torch.cuda.empty_cache()

@@ -1,7 +1,8 @@
 """Stock PEFT on transformers' eager experts, in a process without fastexperts: `python stock_peft.py FOLDER`.
 
 Each family's folder holds `config`, a LoraConfig, and `adapter`, an adapter to load. Written into it is
-`stock.pt`: the losses of training with that config, the factors before and after, logits with the adapter.
+`stock.pt`: the losses of training with that config, the factors before and after, logits with the adapter,
+and longer curves of several seeds.
 """
 
 import sys
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from support_hf import Ops, tiny_model, tokens
 
 STEPS = 10
+LONG, SEEDS = 20, 5  # steps and number of longer curves
 
 
 @cache
@@ -22,10 +24,10 @@ def text():
     return torch.tensor([ord(c) - 30 for c in "".join(topics.values()) if " " <= c <= "~"])
 
 
-def adapted(family, implementation, config):
-    """The tiny model with an adapter whose start depends on the family alone."""
-    model = tiny_model(family, implementation)
-    torch.manual_seed(0)
+def adapted(family, implementation, config, seed=0):
+    """The tiny model with an adapter; both start as family and seed tell."""
+    model = tiny_model(family, implementation, seed=seed)
+    torch.manual_seed(seed)
     return get_peft_model(model, config)
 
 
@@ -49,6 +51,12 @@ def loss_curve(model, steps=STEPS, batch=4, length=32):
     return torch.tensor(losses, dtype=torch.float64)
 
 
+def loss_curves(family, implementation, config):
+    """[SEEDS, LONG]"""
+    models = (adapted(family, implementation, config, seed) for seed in range(SEEDS))
+    return torch.stack([loss_curve(model, LONG) for model in models])
+
+
 @torch.no_grad()
 def logits(model):
     """Logits of fixed tokens, in evaluation."""
@@ -57,7 +65,8 @@ def logits(model):
 
 if __name__ == "__main__":
     for folder in sorted(Path(sys.argv[1]).iterdir()):
-        model = adapted(folder.name, "eager", LoraConfig.from_pretrained(folder / "config"))
+        config = LoraConfig.from_pretrained(folder / "config")
+        model = adapted(folder.name, "eager", config)
         start = factors(model)
         with Ops() as ops:
             losses = loss_curve(model)
@@ -70,6 +79,8 @@ if __name__ == "__main__":
             "logits of adapter": logits(loaded),
             "loaded": factors(loaded),
         }
+        for implementation in ("eager", "grouped_mm"):
+            result[f"curves of {implementation}"] = loss_curves(folder.name, implementation, config)
         model.save_pretrained(folder / "stock")
         result["logits of stock"] = logits(model)
         torch.save(result, folder / "stock.pt")

@@ -42,7 +42,12 @@ def assert_same_file(a, b):
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [*(("qwen3_moe", case) for case in CASES), ("mixtral", "r above E"), ("deepseek_v3", "D = 2F")],
+    [
+        *(("qwen3_moe", case) for case in CASES),
+        ("mixtral", "r above E"),
+        ("deepseek_v3", "D = 2F"),
+        ("glm4_moe", "D = 2F"),
+    ],
 )
 def test_per_expert_and_back(trained, tmp_path, family, case):
     overrides = dict(CASES[case])

@@ -42,7 +42,7 @@ def base_of(made):
 
 
 @pytest.mark.parametrize("source", ["peft", "per-expert"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe"])
 def test_merged_is_what_peft_merges(tmp_path, family, source):
     made = Trained(tmp_path, family)
     adapter = made.folder if source == "peft" else made.written(source, tmp_path / source)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from stock_peft import STEPS, factors, logits, loss_curve
+from stock_peft import STEPS, factors, logits, loss_curve, loss_curves
 from stock_peft import adapted as stock_adapted
 from support_hf import TINY, Ops, relative, tiny_model, tokens
 from torch import nn
@@ -21,6 +21,7 @@ from fastexperts.hf.lora import LoraSummary, lora_summary
 
 SHARED = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "dots1", "qwen2_moe")
 KINDS = ("experts", "attention", "shared experts", "router")
+RESOLUTION = 2.0**-22  # of a loss in fp32, and of one more rounding: less is no deviation
 
 
 def adapted(model):
@@ -296,6 +297,22 @@ def test_the_first_ten_losses_are_those_of_stock_peft(beside_stock, family, reco
     assert apart <= 1e-5
     assert ours["folds"] == 0
     assert stock["folds"] >= 2 * STEPS, "stock PEFT folds"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "mixtral"])
+def test_later_losses_are_as_near_as_those_of_grouped_mm(beside_stock, family):
+    """Of five seeds, the median of what each deviates from eager at most."""
+    folder, results = beside_stock
+    eager, grouped = (results[family][1][f"curves of {name}"] for name in ("eager", "grouped_mm"))
+    config = LoraConfig.from_pretrained(folder / family / "config")
+    ours = loss_curves(family, "fastexperts", config)
+    (early, late), (_, late_of_grouped) = (
+        ((losses - eager).abs() / eager).split(STEPS, dim=1) for losses in (ours, grouped)
+    )
+    assert early.max() <= 1e-5
+    apart, allowed = (part.amax(1).median().item() for part in (late, late_of_grouped))
+    print(f"{family}: median deviation {apart:.1e}, of grouped_mm {allowed:.1e}")
+    assert apart <= 2 * max(allowed, RESOLUTION)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "mixtral"])

@@ -118,7 +118,7 @@ def test_the_ring_and_the_tables_of_its_cards_share_blocks():
 def test_row_tiles_walk_alone_where_l2_holds_an_experts_matrix():
     from fastexperts.kernels.tiles import Ring
 
-    ring = Ring(group=4, alone=(10, 32))
+    ring = Ring(group=4, alone_mb=(10, 32))
     assert [ring.group_of(int(mb * 1e6)) for mb in (6, 9.9, 10, 31.9, 32, 235)] == [4, 4, 1, 1, 4, 4]
 
 

@@ -5,7 +5,8 @@ of PyTorch.
 
 Legend, used in every file: T tokens, K top-k, P = T*K token-expert pairs (rows, sorted by expert), E experts,
 D model (hidden) dim, F expert intermediate dim, G columns of h (2F gate and up, F non-gated), R LoRA rank.
-x tokens, h pre-activations, a = act(h), y = W2 a, v = W2^T dout, wa = weight * a.
+x tokens, h pre-activations, a = act(h), y = W2 a, v = W2^T dout, wa = weight * a. With a low-rank update of a
+projection, W + B A: xa = x A1^T and ya = a A2^T, its rows [P, R], and wya = weight * ya.
 Tensors carry their dims as a suffix; index maps read value_of_index; a gradient is d + the name of its
 primal.
 """
@@ -47,25 +48,25 @@ class Layer:
 
 
 def forward(
-    x_TD: Tensor, layer: Layer, keep_h: bool, unread: bool = False, rows: Sequence[Tensor] = ()
+    x_TD: Tensor, layer: Layer, keep_h: bool, unread: bool = False, kept_rows: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out_TD, h_PG, xa_PR, ya_PR). Products run in `dtype`; the casts live as long as the call.
 
-    unread: the backward alone comes after, so `out` is NaN, without w2 and combine. rows: the xa and ya of an
-    earlier call with the same arguments.
-    An update w + b a is one more step of the product with w: x w^T + (x a^T) b^T, with xa = x a^T kept.
+    unread: the backward alone comes after, so `out` is NaN, without w2 and combine. kept_rows: the xa and ya
+    of an earlier call with the same arguments.
+    An update W + B A is one more step of the product with W: x W^T + (x A^T) B^T, with xa = x A^T kept.
     """
     ops, routing, dtype = backend.load(x_TD.device), layer.routing, layer.dtype
     step1 = step2 = None
     x = x_TD.to(dtype)
-    xa_PR, ya_PR = rows or (x.new_empty(0), x.new_empty(0))
+    xa_PR, ya_PR = kept_rows or (x.new_empty(0), x.new_empty(0))
     if layer.update1:
-        if not rows:
+        if not kept_rows:
             xa_PR = ops.shrink(x, layer.update1.a, routing, tokens=True)
         step1 = Step(xa_PR, layer.update1.b)
     w1, bias1 = layer.w1_EGD.to(dtype), layer.bias1_EG
     h_PG, a_PF = ops.up(x, w1, bias1, routing, layer.activation, keep_h, step1)
-    if layer.update2 and not rows:
+    if layer.update2 and not kept_rows:
         ya_PR = ops.shrink(a_PF, layer.update2.a, routing, tokens=False)
     if unread:
         return torch.full_like(x_TD, math.nan), h_PG, xa_PR, ya_PR
@@ -95,7 +96,7 @@ def backward(
     need_wa = need_dw2 or need_da2
     dh_PG = wa_PF = x.new_empty(0)
     if layer.update2 and (need_dh or need_wa or need_dweight or need_db2):
-        # v = W2^T dout + a^T (b^T dout), and db = dout^T (weight * ya)
+        # v = W2^T dout + A2^T (B2^T dout), and dB2 = dout^T wya
         wya_PR = ops.weigh(ya_PR, layer.weight_TK, routing) if need_db2 else None
         rows_PR, db2 = through_b(dout, layer.update2, wya_PR, routing, tokens=True)
         step2 = Step(rows_PR, layer.update2.a)
@@ -111,8 +112,7 @@ def backward(
     if layer.bias2_ED is not None and need_dbias2:
         dbias2 = ops.db(dout, layer.weight_TK, routing, layer.bias2_ED)
     if step2 and layer.update2 and need_da2:
-        a2, scale2 = layer.update2.stored.a, layer.update2.stored.scale
-        da2 = ops.dfactor(wa_PF, step2.rows_PR, routing, a2, tokens=False, scale=scale2)
+        da2 = gradient_of_a(wa_PF, step2.rows_PR, layer.update2, routing, tokens=False)
     del wa_PF
     if layer.update1 and (need_dx or need_da1 or need_db1):
         rows_PR, db1 = through_b(dh_PG, layer.update1, xa_PR if need_db1 else None, routing, tokens=False)
@@ -126,8 +126,7 @@ def backward(
     if layer.bias1_EG is not None and need_dbias1:
         dbias1 = ops.db(dh_PG, None, routing, layer.bias1_EG)
     if step1 and layer.update1 and need_da1:
-        a1, scale1 = layer.update1.stored.a, layer.update1.stored.scale
-        da1 = ops.dfactor(x, step1.rows_PR, routing, a1, tokens=True, scale=scale1)
+        da1 = gradient_of_a(x, step1.rows_PR, layer.update1, routing, tokens=True)
     dweight = dweight_TK if need_dweight else None
     return dx_TD, dweight, dw1_EGD, dw2_EDF, dbias1, dbias2, da1, db1, da2, db2
 
@@ -135,14 +134,22 @@ def backward(
 def through_b(
     rows: Tensor, update: Update, against_PR: Tensor | None, routing: Routing, tokens: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Backward through an update's `b`, from the gradient of its output, `rows`: (the gradient of its input,
-    rows @ b; db = rows^T against, where `against` is that input, or None without).
+    """Backward through an update's B, from the gradient of its output, `rows`: (the gradient of its input,
+    rows B; dB = rows^T against, where `against` is that input, or None without).
     """
     ops, b_ERN, like_ErN = backend.load(rows.device), update.b.mT, update.stored.b.mT
     if against_PR is None:
         return ops.shrink(rows, b_ERN, routing, tokens), None
     rows_PR, db_ErN = ops.shrink_dfactor(rows, b_ERN, against_PR, routing, like_ErN, tokens=tokens)
     return rows_PR, db_ErN.mT
+
+
+def gradient_of_a(
+    rows: Tensor, through_b_PR: Tensor, update: Update, routing: Routing, tokens: bool
+) -> Tensor:
+    """dA = scale * through_b^T rows, of the update's input `rows` and the gradient that came through B."""
+    a, scale = update.stored.a, update.stored.scale
+    return backend.load(rows.device).dfactor(rows, through_b_PR, routing, a, tokens, scale)
 
 
 def inner_products(dout_TD: Tensor, bias_ED: Tensor, routing: Routing) -> Tensor:

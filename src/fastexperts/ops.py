@@ -28,18 +28,18 @@ from fastexperts.weights import Lora, Weight, as_weight
 
 EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
 """What the two projections may have beside their weights: all of them, or none."""
-PRIMALS = 4  # x, weight, w1, w2: what is always differentiated
+PRIMALS = 4  # x, weight, w1, w2: always there, before the extras
 
 NAME = "moe_mlp"
 AGAIN = slice(2, None)
-"""Of its results, the rows of updates and the routing that they are in the order of."""
+"""Of its results: xa, ya, and the routing in whose order their rows are."""
 Results = tuple[Tensor, ...]
 _thread = threading.local()
 
 
 class ResultsThrough(contextlib.AbstractContextManager[None]):
-    """In this thread and context, what the ops named in `of` give is what `through` gives. May be entered
-    again.
+    """While it is entered, in this thread: the results of the ops named in `of` come from `through`. May be
+    entered again.
 
     For what checkpoints do in the place of a computation, below autograd: a dispatch mode would see every
     operation of a layer, in Python.
@@ -50,9 +50,9 @@ class ResultsThrough(contextlib.AbstractContextManager[None]):
         self._before: list[dict[str, Callable[..., Results]]] = []
 
     def through(self, op: str, compute: Callable[..., Results]) -> Results:
-        """`compute()` computes the results of `op`; our layer's `compute(unread=True)`, with NaN in the place
-        of the output, without w2 and combine, and with the results in `AGAIN` of an earlier call as `kept`
-        without what gave these.
+        """The results of `op`, which `compute()` computes. That of our layer takes `unread=True`: NaN for the
+        output, without w2 and combine; and `kept`, an earlier call's results in `AGAIN`, which it then does
+        not compute.
         """
         raise NotImplementedError
 
@@ -147,7 +147,9 @@ def restored(
     weight_TK: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, extras: Sequence[Tensor], act: str,
     numbers: Sequence[float], routing: Routing, dtype: torch.dtype,
 ) -> Layer:  # fmt: skip
-    """The inverse of `flattened` and of an activation's."""
+    """The `Layer` behind an op's flat arguments. numbers: the activation's, and with extras the two updates'
+    scales.
+    """
     bias1 = bias2 = update1 = update2 = None
     params = list(numbers)
     if extras:
@@ -203,13 +205,15 @@ def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
     def integers(*shape: int) -> Tensor:
         return ids_TK.new_empty(shape, dtype=torch.int32)
 
-    def rows(a: Tensor) -> Tensor:
+    def rows(extra: str) -> Tensor:
+        a = extras[EXTRAS.index(extra)] if extras else x_TD[:0]
         return x_TD.new_empty((num_pairs, padded(a.shape[1])) if a.numel() else 0, dtype=dtype)
 
     return (
         x_TD.new_empty(x_TD.shape),
         x_TD.new_empty((num_pairs if keep_h else 0, dim_g), dtype=dtype),
-        *(rows(a) for a in extras[2::2] or [x_TD[:0]] * 2),
+        rows("a1"),
+        rows("a2"),
         integers(num_pairs),
         integers(num_pairs),
         integers(num_experts + 1),

@@ -1,4 +1,4 @@
-"""Gradients of an update's factors: dfactor[e] = against[rows of e]^T @ rows[rows of e], and of the same
+"""Gradients of an update's factors: dfactor[e] = against[rows of e]^T @ rows[rows of e], and from the same
 reading, where that pays, the rows' own product with the factor (`shrink`).
 
 Few columns against many: what counts is that the wide rows are read once.
@@ -24,7 +24,7 @@ from fastexperts.routing import Routing
 
 WIDEST = 128
 """The rank up to which rows are streamed: a program holds that many columns of `against`."""
-PARTIAL = 4
+READ_OVER_PARTIAL = 4
 """Both come of one reading where the partial products, one per block of columns, are a quarter of its bytes
 or less: up to rank 32 in 16 bits on Hopper.
 """
@@ -130,7 +130,7 @@ def _block(tile: tiles.Tile, rank: int) -> tuple[int, int]:
 def _reads_once(rows: Tensor, rank: int) -> bool:
     block_r, block_n = _block(tiles.tile(rows.device, rows.dtype, "dfactor"), rank)
     partial, read = block_r * accumulator(rows.dtype).itemsize, block_n * rows.dtype.itemsize
-    return rank <= WIDEST and PARTIAL * partial <= read
+    return READ_OVER_PARTIAL * partial <= read
 
 
 @planned

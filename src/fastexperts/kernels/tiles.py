@@ -1,4 +1,5 @@
-"""Tile choices as data, keyed by (architecture, pass, bytes per element). Nothing is tuned at run time.
+"""Tile choices as data: TABLE[architecture, bytes per element][pass], and RINGS[pass] on Hopper. Nothing is
+tuned at run time.
 
 A developer's tool measures candidates (benchmarks/tune.py). `m` of the row-tiled passes is fixed
 per (architecture, bytes): the schedule of a routing is made for it, and a token's result does not depend on
@@ -49,13 +50,13 @@ class Ring:
     """A Hopper kernel's slots (48 KB each: blocks of 128 x 64 and 64 x 256), its L2 group, and staging
     buffers of 8 KB a consumer. producer_registers: of 504 a thread, the consumers share the rest.
 
-    alone: MB of an expert's matrix, from and below, with which each row tile of `up`, `down`, `dh` and `dx`
-    walks the columns alone: L2 holds that matrix for the tiles after it.
+    alone_mb: from how many MB of an expert's matrix on, and below how many, a row tile of `up`, `down`, `dh`
+    or `dx` walks the columns alone, a group of 1: L2 holds the matrix for the tile after it (docs/log.md).
     """
 
     stages: int = 4
     group: int = 8
-    alone: tuple[int, int] = (10, 32)
+    alone_mb: tuple[int, int] = (10, 32)
     buffers: int = 2
     producer_registers: int = 40
 
@@ -68,14 +69,15 @@ class Ring:
 
     def group_of(self, matrix_bytes: int) -> int:
         """`group`, or 1 where row tiles walk alone."""
-        least, most = self.alone
+        least, most = self.alone_mb
         return 1 if least <= matrix_bytes / 1e6 < most else self.group
 
 
 # Where these run, m of the tables below is 128 and n of "dh" 256, as in a ring's blocks: they share schedules
 # and the partial sums of dweight.
 RINGS: dict[str, Ring] = {
-    "up": Ring(group=16, alone=(20, 32), producer_registers=56),
+    # below 20 MB the gathered rows of `up` want company (docs/log.md)
+    "up": Ring(group=16, alone_mb=(20, 32), producer_registers=56),
     "down": Ring(group=4),
     "dh": Ring(stages=3, group=4, buffers=1, producer_registers=48),  # h takes 64 KB
     "dx": Ring(group=4),

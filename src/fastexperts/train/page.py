@@ -30,13 +30,14 @@ h2 { margin: 0 0 8px; font-size: 17px; }
 .tiles b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; }
 .tiles span, .note { color: #666c73; font-size: 13px; }
 section { margin-top: 16px; overflow-x: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px;
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 16px;
   align-items: start; }
 img { display: block; width: 100%; height: auto; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; }
 td, th { padding: 4px 12px 4px 0; border-top: 1px solid #eeeeea; text-align: left; vertical-align: top; }
 th { border-top: 0; color: #666c73; font-weight: 600; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.ok, .failed { overflow-wrap: normal; }
 .ok { color: #1a7f37; font-weight: 600; }
 .failed { color: #cf222e; font-weight: 700; }
 blockquote { margin: 8px 0; padding-left: 12px; border-left: 3px solid #d8d8d0;

@@ -73,7 +73,7 @@ def prove(model: Any, checkpoint: Path, batch: dict[str, torch.Tensor]) -> list[
         Check("reloaded weights that differ", len(unequal), 0, f"of {len(weights)}, bit by bit"),
         Check("wrong keys in the checkpoint", *wrong_keys),
         _compare("logits, relative error", ours.logits, theirs.logits, exact.logits),
-        _compare("loss, relative error", ours.loss, theirs.loss, exact.loss, f"{ours.loss.item():.4f}"),
+        _compare("loss, relative error", ours.loss, theirs.loss, exact.loss, f"loss {ours.loss.item():.4f}"),
         max(gradients, key=lambda check: check.used),
         Check("gradients that one side lacks", len(lacking), 0, f"of {len(exact.gradients)}"),
         Check("calls of fastexperts' ops missing", *_missing_calls(model, ours.calls)),
