@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,19 @@ def plan(estimate_ms: float, warmup_ms: float, measure_ms: float) -> tuple[int, 
     return max(1, min(100, round(warmup_ms / estimate_ms))), max(1, math.ceil(calls / ROUNDS))
 
 
+def turns(names: Iterable[Any]) -> list[list[Any]]:
+    """ROUNDS orders of all `names`, the same in every run. Shuffled: near its limit of power a card leaves to
+    the next what the one before did not use, so none may always follow the same.
+    """
+    names, order = list(names), random.Random(0)
+    return [order.sample(names, len(names)) for _ in range(ROUNDS)]
+
+
 def take_turns(
     calls: Mapping[Any, Call], warmup_ms: float = 60.0, measure_ms: float = 150.0
 ) -> dict[Any, Times]:
-    """Times of each call. In every round each has its turn, in an order that rotates: all share the clocks
-    and the heat of the card. L2 is flushed before every call, outside of its time.
+    """Times of each call. In every round each has its turn, as `turns` says: all share the clocks and the
+    heat of the card. L2 is flushed before every call, outside of its time.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
@@ -59,10 +68,9 @@ def take_turns(
     for name, call in calls.items():
         for _ in range(plans[name][0]):
             run(call)
-    names, runs = list(calls), {name: [] for name in calls}
-    for i in range(ROUNDS):
-        turn = i * len(names) // ROUNDS
-        for name in names[turn:] + names[:turn]:
+    runs = {name: [] for name in calls}
+    for order in turns(calls):
+        for name in order:
             runs[name] += [run(calls[name]) for _ in range(plans[name][1])]
         torch.cuda.synchronize()
     return {

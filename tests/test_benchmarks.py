@@ -156,6 +156,17 @@ def test_plan(estimate, expected):
     assert timing.plan(estimate, warmup_ms=60, measure_ms=150) == expected
 
 
+def test_turns_are_everybody_s_and_follow_each_other_in_no_fixed_order():
+    names = ["a", "b", "c", "d"]
+    orders = timing.turns(names)
+    assert [sorted(order) for order in orders] == [names] * timing.ROUNDS
+    assert len({tuple(order) for order in orders}) == timing.ROUNDS
+    for name in names:
+        before = {order[order.index(name) - 1] for order in orders}
+        assert len(before) >= 2
+    assert orders == timing.turns(names)
+
+
 def test_results_round_trip(tmp_path):
     output = str(tmp_path / "layer-v1.2")
     results.write_layer(output, [DENSE, OURS], STEPS, ENVIRONMENT)
