@@ -21,6 +21,8 @@ from fastexperts.train.sft import TrainResult, train
 
 STEPS = 600
 PROMPTS = ("The ", "An expression ", "Return ")
+LEARNT = 0.5
+"""Of the first loss, at most, after all STEPS (0.26 as measured); fewer have to learn something."""
 
 RECIPE = """\
 # What `fastexperts demo` trains; `fastexperts train {name} --output NEW` trains it again.
@@ -75,7 +77,10 @@ def run_demo(
     # The trainer's model runs under its autocast; the proof is about fp32.
     model = result.trainer.accelerator.unwrap_model(result.trainer.model, keep_fp32_wrapper=False)
     tokenizer = result.trainer.processing_class
-    checks = [_learned(result), *prove(model, result.model_folder, _batch(folder, tokenizer, model.device))]
+    checks = [
+        _learned(result, steps),
+        *prove(model, result.model_folder, _batch(folder, tokenizer, model.device)),
+    ]
     samples = [_sample(model, tokenizer, prompt) for prompt in PROMPTS]
 
     report = describe_run(recipe, result) | {
@@ -127,9 +132,10 @@ def _topics() -> list[str]:
     return [text for _, text in sorted(topics.topics.items())]
 
 
-def _learned(result: TrainResult) -> Check:
+def _learned(result: TrainResult, steps: int) -> Check:
     first, last = result.losses[0][1], result.losses[-1][1]
-    return Check("loss, end over start", last / first, 0.99, f"{first:.3f} -> {last:.3f}")
+    limit = LEARNT if steps >= STEPS else 0.99
+    return Check("loss, end over start", last / first, limit, f"{first:.3f} -> {last:.3f}")
 
 
 def _batch(folder: Path, tokenizer: Any, device: torch.device) -> dict[str, torch.Tensor]:
