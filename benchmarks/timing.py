@@ -33,8 +33,8 @@ def plan(estimate_ms: float, warmup_ms: float, measure_ms: float) -> tuple[int, 
 
 
 def turns(names: Iterable[Any]) -> list[list[Any]]:
-    """ROUNDS orders of all `names`, the same in every run. Shuffled: near its limit of power a card leaves to
-    the next what the one before did not use, so none may always follow the same.
+    """ROUNDS orders of all `names`, the same in every run. Shuffled: at its limit of power a card may run
+    one faster behind another that needed less, so none always follows the same.
     """
     names, order = list(names), random.Random(0)
     return [order.sample(names, len(names)) for _ in range(ROUNDS)]

@@ -82,6 +82,9 @@ def tiny_config(family: str, **overrides: Any) -> Any:
     return CONFIG_MAPPING[family](**{**_COMMON, **TINY[family], **overrides})
 
 
+RESOLUTION = 2.0**-22  # of a loss in fp32, and of one more rounding: less is no deviation of a curve
+
+
 def tiny_model(family: str, implementation: str, seed: int = 0, **overrides: Any) -> Any:
     """A tiny model of `family` whose pre-activations are about N(0, 1), the same for every implementation."""
     from transformers import AutoModelForCausalLM

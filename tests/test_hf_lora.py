@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from stock_peft import STEPS, factors, logits, loss_curve, loss_curves
 from stock_peft import adapted as stock_adapted
-from support_hf import TINY, Ops, relative, tiny_model, tokens
+from support_hf import RESOLUTION, TINY, Ops, relative, tiny_model, tokens
 from torch import nn
 
 import fastexperts
@@ -21,7 +21,6 @@ from fastexperts.hf.lora import LoraSummary, lora_summary
 
 SHARED = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "dots1", "qwen2_moe")
 KINDS = ("experts", "attention", "shared experts", "router")
-RESOLUTION = 2.0**-22  # of a loss in fp32, and of one more rounding: less is no deviation
 
 
 def adapted(model):

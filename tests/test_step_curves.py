@@ -4,14 +4,13 @@ from statistics import median
 
 import pytest
 import torch
-from support_hf import assert_close, relative, tiny_model, tokens
+from support_hf import RESOLUTION, assert_close, relative, tiny_model, tokens
 from support_liger import run_liger, step
 
 from fastexperts.hf.optimize import PARTS, optimize
 
 STEPS, EARLY, SEEDS, LEARNING_RATE = 20, 10, 5, 1e-3
 VOCABULARY = 31
-RESOLUTION = 2.0**-22  # of a loss in fp32, and of one more rounding: less is no deviation
 
 
 def batches(seed, device):

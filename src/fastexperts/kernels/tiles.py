@@ -51,12 +51,12 @@ class Ring:
     buffers of 8 KB a consumer. producer_registers: of 504 a thread, the consumers share the rest.
 
     alone_mb: from how many MB of an expert's matrix on, and below how many, a row tile of `up`, `down`, `dh`
-    or `dx` walks the columns alone, a group of 1: L2 holds the matrix for the tile after it (docs/log.md).
+    or `dx` walks the columns alone, a group of 1: L2 can hold the matrix for the tile after it (docs/log.md).
     """
 
     stages: int = 4
     group: int = 8
-    alone_mb: tuple[int, int] = (10, 32)
+    alone_mb: tuple[int, int] = (0, 0)
     buffers: int = 2
     producer_registers: int = 40
 
@@ -78,9 +78,10 @@ class Ring:
 RINGS: dict[str, Ring] = {
     # below 20 MB the gathered rows of `up` want company (docs/log.md)
     "up": Ring(group=16, alone_mb=(20, 32), producer_registers=56),
-    "down": Ring(group=4),
-    "dh": Ring(stages=3, group=4, buffers=1, producer_registers=48),  # h takes 64 KB
-    "dx": Ring(group=4),
+    "down": Ring(group=4, alone_mb=(10, 32)),
+    # h takes 64 KB
+    "dh": Ring(stages=3, group=4, alone_mb=(10, 32), buffers=1, producer_registers=48),
+    "dx": Ring(group=4, alone_mb=(10, 32)),
     "dw1": Ring(group=4, producer_registers=56),
     "dw2": Ring(group=8, producer_registers=56),
 }
