@@ -65,8 +65,8 @@ def either(request, monkeypatch):
 def test_opcheck_of_the_layer(keep_h, grad, more, either):
     inputs = build(CASE)
     tensors = [t.requires_grad_(grad) for t in (inputs.x, inputs.weight, inputs.w1, inputs.w2)]
-    how = (extras(grad) if more else [], "silu", [*CASE.act.params, *[2.0, 0.5] * more], torch.float32)
-    call = (tensors[0], inputs.ids, *tensors[1:], *how, keep_h or grad)
+    how = ("silu", [*CASE.act.params, 2.0, 0.5], torch.float32, keep_h or grad)
+    call = (tensors[0], inputs.ids, *tensors[1:], *(extras(grad) if more else [None] * 6), *how)
     result = torch.library.opcheck(torch.ops.fastexperts.moe_mlp.default, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -78,9 +78,9 @@ def test_opcheck_of_the_backward(needs, more, either):
     dout, w2, h, weight, routing, *_ = calls["dh"]
     x, w1, *_ = calls["up"]
     rows = [torch.zeros(len(h), 16) if more else torch.zeros(0)] * 2
-    primals = [x, weight, w1, w2, *(extras(False) if more else [])]
-    asked = [*needs, *[True] * (len(primals) - 4)]
-    numbers = [*CASE.act.params, *[2.0, 0.5] * more]
+    primals = [x, weight, w1, w2, *(extras(False) if more else [None] * 6)]
+    asked = [*needs, *[more] * 6]
+    numbers = [*CASE.act.params, 2.0, 0.5]
     call = (dout, primals, [h, *rows, *routing.tensors], "silu", numbers, x.dtype, asked)
     result = torch.library.opcheck(torch.ops.fastexperts.moe_mlp_backward.default, call, test_utils=TESTS)
     assert set(result.values()) == {"SUCCESS"}

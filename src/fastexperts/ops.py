@@ -2,7 +2,7 @@
 checkpoint policies and profilers see whole, with the one autograd formula between them.
 
 Ops take no objects and return no None: an activation travels as a name and floats, biases and the factors of
-updates as `EXTRAS`, an absent tensor as an empty one.
+updates as `EXTRAS`; of the results an absent tensor is an empty one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,9 +26,8 @@ from fastexperts.routing import Routing, check_ids, schedule_length
 from fastexperts.updates import Update, padded
 from fastexperts.weights import Lora, Weight, as_weight
 
-EXTRAS = ("bias1", "bias2", "a1", "b1", "a2", "b2")
-"""What the two projections may have beside their weights: all of them, or none."""
-PRIMALS = 4  # x, weight, w1, w2: always there, before the extras
+PRIMALS = ("x", "weight", "w1", "w2", "bias1", "bias2", "a1", "b1", "a2", "b2")
+"""What may get a gradient, in this order; from the biases on, None where a projection has no such thing."""
 
 NAME = "moe_mlp"
 AGAIN = slice(2, None)
@@ -120,56 +119,46 @@ def moe_mlp(
         # "meta" has no autocast, and asking raises
         autocast = device != "meta" and torch.is_autocast_enabled(device) and x_TD.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x_TD.dtype
-    tensors = (x_TD, ids_TK, weight_TK, w1.out_in, w2.out_in)
-    extras, scales = flattened(w1, w2)
+    loras = (w1.lora, w2.lora)
+    factors = [factor for lora in loras for factor in ((None, None) if lora is None else (lora.a, lora.b))]
+    numbers = [*activation.params, *(1.0 if lora is None else lora.scale for lora in loras)]
+    tensors = (x_TD, ids_TK, weight_TK, w1.out_in, w2.out_in, w1.bias, w2.bias, *factors)
     if forward_ad._current_level >= 0:
-        _no_forward_mode([*tensors, *extras])
-    keep_h = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *extras))
-    numbers = [*activation.params, *scales]
-    out_TD, *_ = _moe_mlp(*tensors, extras, activation.fn, numbers, dtype, keep_h)
+        _no_forward_mode([tensor for tensor in tensors if tensor is not None])
+    keep_h = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out_TD, *_ = _moe_mlp(*tensors, activation.fn, numbers, dtype, keep_h)
     return out_TD
 
 
-def flattened(w1: Weight, w2: Weight) -> tuple[list[Tensor], list[float]]:
-    """(`EXTRAS`, scales of the two updates), or two empty lists where there are none."""
-    weights = (w1, w2)
-    if all(weight.bias is None and weight.lora is None for weight in weights):
-        return [], []
-    absent = w1.w.new_empty(0)
-    biases = [absent if weight.bias is None else weight.bias for weight in weights]
-    none = Lora(absent.view(0, 0, 0), absent.view(0, 0, 0))
-    updates = [weight.lora or none for weight in weights]
-    factors = [factor for update in updates for factor in (update.a, update.b)]
-    return [*biases, *factors], [update.scale for update in updates]
-
-
 def restored(
-    weight_TK: Tensor, w1_EGD: Tensor, w2_EDF: Tensor, extras: Sequence[Tensor], act: str,
-    numbers: Sequence[float], routing: Routing, dtype: torch.dtype,
-) -> Layer:  # fmt: skip
-    """The `Layer` behind an op's flat arguments. numbers: the activation's, and with extras the two updates'
-    scales.
+    primals: Sequence[Any], act: str, numbers: Sequence[float], routing: Routing, dtype: torch.dtype
+) -> Layer:
+    """The `Layer` behind an op's flat arguments. primals: `PRIMALS` but x. numbers: the activation's, and the
+    scales of the two updates.
     """
-    bias1 = bias2 = update1 = update2 = None
-    params = list(numbers)
-    if extras:
-        *params, scale1, scale2 = numbers
-        bias1, bias2 = (bias if bias.numel() else None for bias in extras[:2])
-        _, _, a1, b1, a2, b2 = extras
-        loras = (Lora(a1, b1, scale1), Lora(a2, b2, scale2))
-        update1, update2 = (Update(lora, dtype) if lora.a.numel() else None for lora in loras)
+    weight_TK, w1_EGD, w2_EDF, bias1, bias2, a1, b1, a2, b2 = primals
+    *params, scale1, scale2 = numbers
+    update1, update2 = (
+        None if a is None or b is None else Update(Lora(a, b, scale), dtype)
+        for a, b, scale in ((a1, b1, scale1), (a2, b2, scale2))
+    )
     activation = Activation.of(act, params)
     return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, update1, update2, routing, activation, dtype)
 
 
 @op(NAME)
-def _moe_mlp(
+def _moe_mlp(  # noqa: PLR0913 - lists of tensors cost the host a search for them in each call
     x_TD: Tensor,
     ids_TK: Tensor,
     weight_TK: Tensor,
     w1_EGD: Tensor,
     w2_EDF: Tensor,
-    extras: list[Tensor],
+    bias1_EG: Tensor | None,
+    bias2_ED: Tensor | None,
+    a1_ERD: Tensor | None,
+    b1_EGR: Tensor | None,
+    a2_ERF: Tensor | None,
+    b2_EDR: Tensor | None,
     act: str,
     numbers: list[float],
     dtype: torch.dtype,
@@ -177,6 +166,7 @@ def _moe_mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out_TD, h_PG, xa_PR, ya_PR, and the four tensors of the routing); h is [0, G] unless `keep_h`."""
     num_experts = w2_EDF.shape[0]
+    primals = (weight_TK, w1_EGD, w2_EDF, bias1_EG, bias2_ED, a1_ERD, b1_EGR, a2_ERF, b2_EDR)
 
     def compute(unread: bool = False, kept: Results = ()) -> Results:
         if settings.check_ids():
@@ -188,7 +178,7 @@ def _moe_mlp(
                 routing = Routing.of(routed, ids_TK.shape[1])
             else:
                 routing = ops.route(ids_TK, num_experts, ops.block_m(x_TD.device, dtype))
-            layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
+            layer = restored(primals, act, numbers, routing, dtype)
             return *forward(x_TD, layer, keep_h, unread, rows), *routing.tensors
 
     through = through_of(NAME)
@@ -197,7 +187,7 @@ def _moe_mlp(
 
 @_moe_mlp.fake
 def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    _, w1_EGD, _, extras, _, _, dtype, keep_h = others
+    _, w1_EGD, _, _, _, a1_ERD, _, a2_ERF, _, _, _, dtype, keep_h = others
     num_experts, dim_g, _ = w1_EGD.shape
     num_pairs = ids_TK.numel()
     block_m = backend.load(x_TD.device).block_m(x_TD.device, dtype)
@@ -205,15 +195,14 @@ def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
     def integers(*shape: int) -> Tensor:
         return ids_TK.new_empty(shape, dtype=torch.int32)
 
-    def rows(extra: str) -> Tensor:
-        a = extras[EXTRAS.index(extra)] if extras else x_TD[:0]
-        return x_TD.new_empty((num_pairs, padded(a.shape[1])) if a.numel() else 0, dtype=dtype)
+    def rows(a: Tensor | None) -> Tensor:
+        return x_TD.new_empty(0 if a is None else (num_pairs, padded(a.shape[1])), dtype=dtype)
 
     return (
         x_TD.new_empty(x_TD.shape),
         x_TD.new_empty((num_pairs if keep_h else 0, dim_g), dtype=dtype),
-        rows("a1"),
-        rows("a2"),
+        rows(a1_ERD),
+        rows(a2_ERF),
         integers(num_pairs),
         integers(num_pairs),
         integers(num_experts + 1),
@@ -224,56 +213,56 @@ def _(x_TD: Tensor, ids_TK: Tensor, *others: Any) -> tuple[Tensor, ...]:
 @op("moe_mlp_backward")
 def _moe_mlp_backward(
     dout_TD: Tensor,
-    primals: list[Tensor],
+    primals: list[Tensor | None],
     kept: list[Tensor],
     act: str,
     numbers: list[float],
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of `primals` (x, weight, w1, w2, extras), empty where not needed. kept: h, xa, ya, and the
-    routing.
-    """
-    x_TD, weight_TK, w1_EGD, w2_EDF, *extras = primals
+    """Gradients of `PRIMALS`, empty where not needed. kept: h, xa, ya, and the routing."""
+    x_TD, weight_TK, *_ = cast(list[Tensor], primals)
     routing = Routing.of(kept[3:], weight_TK.shape[1])
-    every = [*needs, *[False] * (PRIMALS + len(EXTRAS) - len(needs))]
     with backend.current(x_TD.device):
-        layer = restored(weight_TK, w1_EGD, w2_EDF, extras, act, numbers, routing, dtype)
-        found = backward(dout_TD, x_TD, layer, kept[:3], every)
-        return [x_TD.new_empty(0) if grad is None else grad for grad in found[: len(primals)]]
+        layer = restored(primals[1:], act, numbers, routing, dtype)
+        found = backward(dout_TD, x_TD, layer, kept[:3], needs)
+        return [x_TD.new_empty(0) if grad is None else grad for grad in found]
 
 
 @_moe_mlp_backward.fake
-def _(dout_TD: Tensor, primals: list[Tensor], *others: Any) -> list[Tensor]:
+def _(dout_TD: Tensor, primals: list[Tensor | None], *others: Any) -> list[Tensor]:
     needs = others[-1]
-    x_TD, weight_TK, w1_EGD, w2_EDF, *extras = primals
-    grads = [new.new_empty(new.shape) for new in (x_TD, weight_TK)]
-    grads += [torch.empty_like(w) for w in (w1_EGD, w2_EDF)]  # laid out as the parameters
-    grads += [bias.new_empty(bias.shape) for bias in extras[:2]]
-    grads += [torch.empty_like(factor) for factor in extras[2:]]
-    return [grad if need else x_TD.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
+    parameters = ("w1", "w2", "a1", "b1", "a2", "b2")  # whose gradients are laid out as they are
+
+    def grad(name: str, primal: Tensor | None, need: bool) -> Tensor:
+        if primal is None or not need:
+            return dout_TD.new_empty(0)
+        return torch.empty_like(primal) if name in parameters else primal.new_empty(primal.shape)
+
+    return [grad(*one) for one in zip(PRIMALS, primals, needs, strict=True)]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, weight_TK, w1_EGD, w2_EDF, extras, *ctx.how, _ = inputs
+    x_TD, _, *primals, act, numbers, dtype, _ = inputs
     _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(x_TD, weight_TK, w1_EGD, w2_EDF, *extras, *kept)
-    ctx.primals = PRIMALS + len(extras)
+    ctx.save_for_backward(x_TD, *primals, *kept)
+    ctx.how = act, numbers, dtype
 
 
 def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
-    need_x, _, need_weight, need_w1, need_w2, need_extras, *_ = ctx.needs_input_grad
-    others = (None,) * 4  # how, keep_h
+    need_x, _, *needs = ctx.needs_input_grad
+    *needs, _, _, _, _ = needs  # how, keep_h
+    others = (None,) * 4
     if dout_TD is None:
-        return (*(None,) * 5, [None] * (ctx.primals - PRIMALS), *others)
+        return (*(None,) * (1 + len(PRIMALS)), *others)
     saved = list(ctx.saved_tensors)  # once: checkpointing recomputes at the first look and refuses a second
-    primals, kept = saved[: ctx.primals], saved[ctx.primals :]
-    needs = [need_x, need_weight, need_w1, need_w2, *(need_extras or ())]
+    primals, kept = saved[: len(PRIMALS)], saved[len(PRIMALS) :]
+    needs = [need_x, *needs]
     found = _moe_mlp_backward(dout_TD, primals, kept, *ctx.how, needs)
-    grads = [grad if need else None for grad, need in zip(found, needs, strict=True)]
-    return (grads[0], None, *grads[1:PRIMALS], grads[PRIMALS:], *others)
+    dx_TD, *grads = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return (dx_TD, None, *grads, *others)
 
 
 def _no_forward_mode(tensors: Sequence[Tensor]) -> None:

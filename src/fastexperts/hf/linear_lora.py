@@ -155,7 +155,7 @@ def lora_linear(
     """x W^T + bias + scale (x A^T) B^T [..., O] in `dtype`, to which all operands are cast; x [..., I].
 
     Gradients have the dtypes of their operands; those of weights are summed in fp32 (fp64 for fp64). Kept for
-    them are x as cast, and x A^T. A second derivative raises RuntimeError.
+    them are x as cast, x A^T, and the factors as cast. A second derivative raises RuntimeError.
     """
     x_TI = x.to(dtype).reshape(-1, x.shape[-1])
     y_TO: Tensor = _LoraLinear.apply(x_TI, weight_OI, bias_O, a_RI, b_OR, scale)
@@ -163,7 +163,7 @@ def lora_linear(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Products in the dtype of x. Weights are kept as they are and cast again: no copies of them are kept."""
+    """Products in the dtype of x. The weight is kept as it is and cast again: no copy of it is kept."""
 
     @staticmethod
     def forward(
@@ -176,43 +176,50 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         dtype = x_TI.dtype
+        a, b = a_RI.to(dtype), b_OR.to(dtype)
         bias = None if bias_O is None else bias_O.to(dtype)
         y_TO = nn.functional.linear(x_TI, weight_OI.to(dtype), bias)
-        xa_TR = x_TI @ a_RI.to(dtype).mT
-        y_TO.addmm_(xa_TR, b_OR.to(dtype).mT, alpha=scale)
-        _, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad
-        x_kept = x_TI if need_weight or need_a else None
-        ctx.save_for_backward(x_kept, xa_TR if need_b else None, weight_OI, a_RI, b_OR)
+        xa_TR = x_TI @ a.mT
+        y_TO.addmm_(xa_TR, b.mT, alpha=scale)
+        need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x_TI if need_weight or need_a else None,
+            xa_TR if need_b else None,
+            weight_OI,
+            a if need_x else None,
+            b if need_x or need_a else None,
+        )
         ctx.scale = scale
-        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        ctx.dtypes = [None if operand is None else operand.dtype for operand in (bias_O, a_RI, b_OR)]
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, xa_TR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        x_TI, xa_TR, weight_OI, a, b = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
-        dtype, scale = dy_TO.dtype, ctx.scale
+        bias_dtype, a_dtype, b_dtype = ctx.dtypes
         dx = dweight = dbias = da = db = None
         with torch.autocast(dy_TO.device.type, enabled=False):
             if need_x or need_a:
-                dxa_TR = dy_TO @ b_OR.to(dtype)
+                dxa_TR = dy_TO @ b
             if need_x:
-                dx = (dy_TO @ weight_OI.to(dtype)).addmm_(dxa_TR, a_RI.to(dtype), alpha=scale)
+                dx = (dy_TO @ weight_OI.to(dy_TO.dtype)).addmm_(dxa_TR, a, alpha=ctx.scale)
             if need_weight:
                 dweight = _summed(dy_TO, x_TI).to(weight_OI.dtype)
             if need_bias:
-                dbias = dy_TO.sum(0, dtype=ctx.bias_dtype)
+                dbias = dy_TO.sum(0, dtype=bias_dtype)
             if need_a:
-                da = (_summed(dxa_TR, x_TI) * scale).to(a_RI.dtype)
+                da = _summed(dxa_TR, x_TI, ctx.scale).to(a_dtype)
             if need_b:
-                db = (_summed(dy_TO, xa_TR) * scale).to(b_OR.dtype)
+                db = _summed(dy_TO, xa_TR, ctx.scale).to(b_dtype)
         return dx, dweight, dbias, da, db, None
 
 
-def _summed(left_TM: Tensor, right_TN: Tensor) -> Tensor:
-    """left^T right [M, N], a sum over T rows, in the dtype of sums."""
+def _summed(left_TM: Tensor, right_TN: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * left^T right [M, N], a sum over T rows, in the dtype of sums."""
     wide = accumulator(left_TM.dtype)
     if left_TM.is_cuda and left_TM.dtype.itemsize == 2:
-        return torch.mm(left_TM.mT, right_TN, out_dtype=wide)
-    return left_TM.to(wide).mT @ right_TN.to(wide)
+        none = left_TM.new_empty(left_TM.shape[1], right_TN.shape[1], dtype=wide)  # beta 0: it is not read
+        return torch.addmm(none, left_TM.mT, right_TN, wide, beta=0, alpha=scale)
+    return (left_TM.to(wide).mT @ right_TN.to(wide)).mul_(scale)
