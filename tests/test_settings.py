@@ -128,7 +128,7 @@ def test_what_the_ring_cannot_copy_goes_elsewhere(monkeypatch):
 
     monkeypatch.setattr(ring, "_is_hopper", lambda device: True)
     rows = torch.zeros(32, 64, dtype=torch.bfloat16)
-    out = torch.zeros(4, 1, 64, 64)
+    out = torch.zeros(4, 64, 64)
     assert hopper_dw.serves(rows, rows, out, gather_m=True)
     assert not hopper_dw.serves(rows, rows, out.double(), gather_m=True)
     assert not hopper_dw.serves(rows, rows.half(), out, gather_m=True)

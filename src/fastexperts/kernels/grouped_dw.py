@@ -137,9 +137,8 @@ def _gathering_plan(
     left: Tensor, right: Tensor, out_EMN: Tensor, *, top_k: int, gather_left: bool
 ) -> Plan | None:
     """One operand holds tokens; None where no kernel takes that."""
-    out_E1MN = out_EMN[:, None]
-    if hopper_dw.serves(left, right, out_E1MN, gather_m=gather_left):
-        return hopper_dw.plan(left, right, out_E1MN, top_k, gather_m=gather_left)
+    if hopper_dw.serves(left, right, out_EMN, gather_m=gather_left):
+        return hopper_dw.plan(left, right, out_EMN, top_k, gather_m=gather_left)
     return None
 
 

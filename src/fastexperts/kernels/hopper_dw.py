@@ -1,6 +1,6 @@
 """The ragged-contraction product of grouped_dw.py for Hopper, around a ring; one operand is gathered.
 
-Legend: see moe.py and ring.py; M, N dims of one part of the weight.
+Legend: see moe.py and ring.py; M, N dims of the weight.
 """
 
 from __future__ import annotations
@@ -52,27 +52,19 @@ from fastexperts.kernels.ring import (
 
 @gluon.jit
 def _dw_block(
-    p_offsets, i_tile, num_experts, parts, num_m, num_n,
-    BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
+    p_offsets, i_tile, num_experts, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr
 ):  # fmt: skip
-    """(expert, its first row, the end of its rows, part, first row and column of the block)"""
-    per_expert = parts * num_m * num_n
+    """(expert, its first row, the end of its rows, first row and column of the block)"""
+    per_expert = num_m * num_n
     i_tile = gl.minimum(i_tile, num_experts * per_expert - 1)
     i_e = i_tile // per_expert
-    i_cm, i_n = swizzle(i_tile % per_expert, parts * num_m, num_n, GROUP)
-    return (
-        i_e,
-        gl.load(p_offsets + i_e),
-        gl.load(p_offsets + i_e + 1),
-        i_cm // num_m,
-        i_cm % num_m * BM,
-        i_n * BN,
-    )
+    i_m, i_n = swizzle(i_tile % per_expert, num_m, num_n, GROUP)
+    return i_e, gl.load(p_offsets + i_e), gl.load(p_offsets + i_e + 1), i_m * BM, i_n * BN
 
 
 @gluon.jit
 def _dw_producer(
-    a, b, p_pair_of_row, p_offsets, p_schedule, ring, claims, stride, num_experts, parts, M, N,
+    a, b, p_pair_of_row, p_offsets, p_schedule, ring, claims, stride, num_experts, M, N,
     TOP_K: gl.constexpr, GATHER_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -81,15 +73,13 @@ def _dw_producer(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     BYTES: gl.constexpr = (BN if GATHER_A else BM) * BK * 2
     num_m, num_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
-    blocks = num_experts * parts * num_m * num_n
+    blocks = num_experts * num_m * num_n
     slot, phase = 0, 1
     claim_slot, claim_phase = 0, 1
     i_tile, i_next = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
     while i_tile < blocks:
         claimed = claim(p_schedule, 4)
-        _, start, end, part, m0, n0 = _dw_block(
-            p_offsets, i_tile, num_experts, parts, num_m, num_n, BM, BN, GROUP
-        )
+        _, start, end, m0, n0 = _dw_block(p_offsets, i_tile, num_experts, num_m, num_n, BM, BN, GROUP)
         o_r = gl.arange(0, BK, gl.SliceLayout(1, ROWS))
         o_c = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, ROWS)), 0)
         pair = gl.load(p_pair_of_row + start + o_r, mask=start + o_r < end, other=0)
@@ -111,7 +101,7 @@ def _dw_producer(
                     )
                 else:
                     tma.async_copy_global_to_shared(
-                        a, [r0, r1, r2, part * M + m0 + i * 64], bar, a_s.index(slot * CONSUMERS + i)
+                        a, [r0, r1, r2, m0 + i * 64], bar, a_s.index(slot * CONSUMERS + i)
                     )
             if not GATHER_A:
                 col = n0 + o_c
@@ -127,7 +117,7 @@ def _dw_producer(
 
 @gluon.jit
 def _dw_consumer(
-    out, p_offsets, ring, claims, staging, num_experts, parts, M, N, BM: gl.constexpr, BN: gl.constexpr,
+    out, p_offsets, ring, claims, staging, num_experts, M, N, BM: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     a_s, b_s, full, empty = ring
@@ -137,10 +127,8 @@ def _dw_consumer(
     slot, phase = 0, 0
     claim_slot, claim_phase = 0, 0
     i_tile, i_next = gl.program_id(0), gl.program_id(0) + gl.num_programs(0)
-    i_e, start, end, part, m0, n0 = _dw_block(
-        p_offsets, i_tile, num_experts, parts, num_m, num_n, BM, BN, GROUP
-    )
-    while i_tile < num_experts * parts * num_m * num_n:
+    i_e, start, end, m0, n0 = _dw_block(p_offsets, i_tile, num_experts, num_m, num_n, BM, BN, GROUP)
+    while i_tile < num_experts * num_m * num_n:
         acc = gl.zeros([BM // CONSUMERS, BN], gl.float32, MMA)
         for row0 in range(start, end, BK):
             mbarrier.wait(full.index(slot), phase)
@@ -150,29 +138,27 @@ def _dw_consumer(
             mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=row0 > start)
             slot, phase = advance(slot, phase, STAGES)
         # the next block is looked up while the last product runs
-        following = _dw_block(p_offsets, i_next, num_experts, parts, num_m, num_n, BM, BN, GROUP)
+        following = _dw_block(p_offsets, i_next, num_experts, num_m, num_n, BM, BN, GROUP)
         i_tile, i_next = i_next, take_over(claims, claim_slot, claim_phase)
         claim_slot, claim_phase = advance(claim_slot, claim_phase, CLAIM_SLOTS)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=start < end)
         for j in gl.static_range(BN // WIDTH):
             dw = columns(acc, j, BN // WIDTH)
-            put(
-                out, [i_e, part, m0 + SIDE * (BM // CONSUMERS), n0 + j * WIDTH], dw, staging, SIDE, j, BUFFERS
-            )
-        i_e, start, end, part, m0, n0 = following
+            put(out, [i_e, m0 + SIDE * (BM // CONSUMERS), n0 + j * WIDTH], dw, staging, SIDE, j, BUFFERS)
+        i_e, start, end, m0, n0 = following
     tma.store_wait(0)
 
 
 @gluon.jit
 def _hopper_dw(
-    a,  # ragged descriptor [P, C * M], or pointer [T, M] with GATHER_A
+    a,  # ragged descriptor [P, M], or pointer [T, M] with GATHER_A
     b,  # ragged descriptor [P, N], or pointer [T, N] without
-    out,  # descriptor (E, C, M, N)
+    out,  # descriptor (E, M, N)
     p_pair_of_row,  # [P]
     p_offsets,  # [E + 1]
     p_schedule,  # [S, 3]: the counter of claims alone
-    stride, num_experts, parts, M, N,
+    stride, num_experts, M, N,
     TOP_K: gl.constexpr, GATHER_A: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr, OUT_LAYOUT: gl.constexpr,
@@ -190,47 +176,47 @@ def _hopper_dw(
     ring = (a_s, b_s, full, empty)
     gl.warp_specialize(
         [
-            (_dw_consumer, (out, p_offsets, ring, claims, staging, num_experts, parts, M, N,
+            (_dw_consumer, (out, p_offsets, ring, claims, staging, num_experts, M, N,
                             BM, BN, BK, GROUP, STAGES, BUFFERS, 0)),
-            (_dw_consumer, (out, p_offsets, ring, claims, staging, num_experts, parts, M, N,
+            (_dw_consumer, (out, p_offsets, ring, claims, staging, num_experts, M, N,
                             BM, BN, BK, GROUP, STAGES, BUFFERS, 1)),
             (_dw_producer, (a, b, p_pair_of_row, p_offsets, p_schedule, ring, claims, stride, num_experts,
-                            parts, M, N, TOP_K, GATHER_A, BM, BN, BK, GROUP, STAGES)),
+                            M, N, TOP_K, GATHER_A, BM, BN, BK, GROUP, STAGES)),
         ],
         [4, 4],
         [(REGISTERS - PRODUCER_REGISTERS) // 2, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
-def serves(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, *, gather_m: bool) -> bool:
+def serves(rows_M: Tensor, rows_N: Tensor, out_EMN: Tensor, *, gather_m: bool) -> bool:
     """Whether `plan` takes these operands; the gradient may be fp32."""
-    stored = out_ECMN.element_size() <= 4 and describable(out_ECMN)
+    stored = out_EMN.element_size() <= 4 and describable(out_EMN)
     return stored and gatherable(rows_M if gather_m else rows_N) and available(rows_M, rows_N)
 
 
-def plan(rows_M: Tensor, rows_N: Tensor, out_ECMN: Tensor, top_k: int, *, gather_m: bool) -> Plan:
+def plan(rows_M: Tensor, rows_N: Tensor, out_EMN: Tensor, top_k: int, *, gather_m: bool) -> Plan:
     """As grouped_dw._plan."""
     ring = tiles.RINGS["dw2" if gather_m else "dw1"]
-    experts, parts, dim_m, dim_n = out_ECMN.shape
-    half, width = BLOCK_M // CONSUMERS.value, 128 // out_ECMN.element_size()
+    experts, dim_m, dim_n = out_EMN.shape
+    half, width = BLOCK_M // CONSUMERS.value, 128 // out_EMN.element_size()
     return Plan(
         _hopper_dw,
         (
             None if gather_m else ragged(rows_M, [BLOCK_K, half]),
             ragged(rows_N, [BLOCK_K, BLOCK_N]) if gather_m else None,
-            described(out_ECMN, [1, 1, half, width]),
+            described(out_EMN, [1, half, width]),
             None,
             None,
             None,
         ),
-        ((rows_M if gather_m else rows_N).stride(0), experts, parts, dim_m, dim_n),
+        ((rows_M if gather_m else rows_N).stride(0), experts, dim_m, dim_n),
         dict(
             TOP_K=top_k, GATHER_A=gather_m, BM=BLOCK_M, BN=BLOCK_N, BK=BLOCK_K, GROUP=ring.group,
             STAGES=ring.stages, BUFFERS=ring.buffers, PRODUCER_REGISTERS=ring.producer_registers,
             DTYPE=gl.bfloat16 if rows_M.dtype == torch.bfloat16 else gl.float16, LAYOUT=swizzled(2),
-            OUT_LAYOUT=swizzled(2, 8 * out_ECMN.element_size()),
+            OUT_LAYOUT=swizzled(2, 8 * out_EMN.element_size()),
         ),
-        blocks=experts * parts * triton.cdiv(dim_m, BLOCK_M) * triton.cdiv(dim_n, BLOCK_N),
+        blocks=experts * triton.cdiv(dim_m, BLOCK_M) * triton.cdiv(dim_n, BLOCK_N),
         most_programs=processors(rows_M.device),
         warps=CONSUMER_WARPS,
     )  # fmt: skip
