@@ -12,7 +12,7 @@ a model of its own, from the same seed: full fine-tuning, or LoRA of rank 16 on 
 PEFT; weights in bf16, or in fp32 under bf16 autocast, as TRL trains. Gradient checkpointing, sdpa, the loss
 by the model's `labels`, no optimizer; further cases have fused AdamW, or keep what others recompute.
 
-Each case: 3 steps to warm up, then the median, least and most of --steps that follow each other, peak and
+Each case: 8 steps to warm up, then the median, least and most of --steps that follow each other, peak and
 kept memory, MFU, and the kernels of one profiled step by part of the model (breakdown.py). "dense" is the
 time of the experts' matrix products in plain cuBLAS (layer.py), from the same run.
 
@@ -54,7 +54,7 @@ CASES = (
         for checkpoint in ("keep-attention", "keep-experts")
     ),
     Case(backend=DEFAULT, checkpoint="off"),
-    Case(backend=OPTIMIZED, checkpoint="off"),
+    *(Case(mode, backend=OPTIMIZED, checkpoint="off") for mode in MODES),
 )
 
 

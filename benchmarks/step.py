@@ -28,7 +28,7 @@ from fastexperts.metrics.tokens import TrainedTokens
 
 GIB = 1 << 30
 RANK = 16
-WARMUP = 3
+WARMUP = 8
 
 
 class UnavailableError(RuntimeError):
