@@ -588,7 +588,7 @@ def test_other_families_run_in_every_case(monkeypatch, tmp_path, cut, options):
     run(monkeypatch, tmp_path, "--steps", "1", "--cuts", cut, *options)
     found = json.loads((tmp_path / f"model-{cut}.json").read_text())
     rows = model_report.step_rows_of(found["model"])
-    assert len(rows) == {"deepseek-v3": 9, "ernie4.5-21b-a3b": 6}.get(cut, 5)
+    assert len(rows) == {"deepseek-v3": 9, "glm4.5-air": 5}.get(cut, 6)
     assert [row for row in rows if row.skipped and "optimize" not in row.skipped] == []
     measured = [row for row in rows if not row.skipped]
     assert all(row.parts["dense MLPs"] and "not attributed" not in row.parts for row in measured)
