@@ -30,11 +30,30 @@ class Op:
         """Decorates what gives the shapes of the results."""
         return torch.library.register_fake(self.name, function)
 
-    def autograd(
-        self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-    ) -> None:
-        """The derivative, as torch.library.register_autograd takes it."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+    def below_autograd(self, *args: Any) -> Any:
+        """The results, of which autograd notes nothing."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._packet(*args)
+
+    def differentiable(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        """Decorates the derivative: takes the arguments of the op, and calls `below_autograd` in its forward.
+
+        As torch.library.register_autograd does it, which in each call looks for defaults of arguments in a
+        schema that it reads once for every argument: 60 us, a fifth of a call.
+        """
+
+        def call(*args: Any) -> Any:
+            asked = torch.is_grad_enabled() and any(
+                isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
+            )
+            return function.apply(*args) if asked else self.below_autograd(*args)
+
+        torch.library.impl(self.name, "Autograd", _unseen(call))
+        return function
+
+    def no_derivative(self, refusal: Callable[..., None]) -> None:
+        """A backward through the op calls `refusal`, which raises."""
+        torch.library.register_autograd(self.name, refusal)
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:

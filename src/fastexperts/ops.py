@@ -242,27 +242,35 @@ def _(dout_TD: Tensor, primals: list[Tensor | None], *others: Any) -> list[Tenso
     return [grad(*one) for one in zip(PRIMALS, primals, needs, strict=True)]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, *primals, act, numbers, dtype, _ = inputs
-    _, *kept = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(x_TD, *primals, *kept)
-    ctx.how = act, numbers, dtype
+@_moe_mlp.differentiable
+class _MoeMlp(torch.autograd.Function):
+    """The op and its derivative."""
 
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = _moe_mlp.below_autograd(*args)
+        _, *kept = results
+        x_TD, _, *primals, act, numbers, dtype, _ = args
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(x_TD, *primals, *kept)
+        ctx.how = act, numbers, dtype
+        return results
 
-def _backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
-    need_x, _, *needs = ctx.needs_input_grad
-    *needs, _, _, _, _ = needs  # how, keep_h
-    others = (None,) * 4
-    if dout_TD is None:
-        return (*(None,) * (1 + len(PRIMALS)), *others)
-    saved = list(ctx.saved_tensors)  # once: checkpointing recomputes at the first look and refuses a second
-    primals, kept = saved[: len(PRIMALS)], saved[len(PRIMALS) :]
-    needs = [need_x, *needs]
-    found = _moe_mlp_backward(dout_TD, primals, kept, *ctx.how, needs)
-    dx_TD, *grads = (grad if need else None for grad, need in zip(found, needs, strict=True))
-    return (dx_TD, None, *grads, *others)
+    @staticmethod
+    def backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
+        need_x, _, *needs = ctx.needs_input_grad
+        *needs, _, _, _, _ = needs  # how, keep_h
+        others = (None,) * 4
+        if dout_TD is None:
+            return (*(None,) * (1 + len(PRIMALS)), *others)
+        # once: checkpointing recomputes at the first look and refuses a second
+        saved = list(ctx.saved_tensors)
+        primals, kept = saved[: len(PRIMALS)], saved[len(PRIMALS) :]
+        needs = [need_x, *needs]
+        found = _moe_mlp_backward(dout_TD, primals, kept, *ctx.how, needs)
+        dx_TD, *grads = (grad if need else None for grad, need in zip(found, needs, strict=True))
+        return (dx_TD, None, *grads, *others)
 
 
 def _no_forward_mode(tensors: Sequence[Tensor]) -> None:
@@ -274,12 +282,9 @@ def _no_forward_mode(tensors: Sequence[Tensor]) -> None:
         )
 
 
+@_moe_mlp_backward.no_derivative
 def _no_double_backward(ctx: object, *grads: Tensor) -> None:
     raise RuntimeError(
         "fastexperts.moe_mlp: `create_graph` got True; it needs False, since there is no second derivative. "
         "Use experts_implementation='eager' for double backward."
     )
-
-
-_moe_mlp.autograd(_backward, setup_context=_save_for_backward)
-_moe_mlp_backward.autograd(_no_double_backward)
