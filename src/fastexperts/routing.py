@@ -60,6 +60,11 @@ class Routing:
         return cls(row_of_pair_P, pair_of_row_P, offsets_E1, schedule_S3, top_k)
 
     @property
+    def num_pairs(self) -> int:
+        """P"""
+        return self.row_of_pair_P.shape[0]
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The tensor fields in order, as they travel through an op's schema."""
         return [self.row_of_pair_P, self.pair_of_row_P, self.offsets_E1, self.schedule_S3]

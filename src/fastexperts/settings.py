@@ -45,7 +45,9 @@ def interpreted() -> bool:
 
 
 def _flag(name: str, *, default: bool) -> bool:
-    value = os.environ.get(name, "1" if default else "0")
+    value = os.environ.get(name)
+    if value is None:
+        return default
     if value not in ("0", "1"):
         raise refuse(
             "fastexperts", name, got=repr(value), needs="0 or 1", way_out="Unset it for the default."

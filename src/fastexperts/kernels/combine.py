@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.launch import Plan, cdiv, planned
 from fastexperts.kernels.operands import tl_accumulator
 from fastexperts.routing import Routing
 
@@ -117,12 +117,12 @@ def _combine_plan(y_PD: Tensor, weight_TK: Tensor | None, out_TD: Tensor, *, top
     dim_d = y_PD.shape[1]
     block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
     options = dict(TOP_K=top_k, WEIGHTED=weight_TK is not None, ACC=tl_accumulator(y_PD.dtype), BLOCK_D=block)
-    return Plan(_combine, (None,) * 4, (dim_d,), options, blocks=triton.cdiv(dim_d, block))
+    return Plan(_combine, (None,) * 4, (dim_d,), options, blocks=cdiv(dim_d, block))
 
 
 def combine(y_PD: Tensor, weight_TK: Tensor | None, routing: Routing, dtype: torch.dtype) -> Tensor:
     """See backend.Backend."""
-    num_tokens, top_k = len(routing.row_of_pair_P) // routing.top_k, routing.top_k
+    num_tokens, top_k = routing.num_pairs // routing.top_k, routing.top_k
     out_TD = y_PD.new_empty((num_tokens, y_PD.shape[1]), dtype=dtype)
     if out_TD.numel():
         weight_TK = None if weight_TK is None else weight_TK.contiguous()
@@ -137,13 +137,13 @@ def _gather_plan(x_TD: Tensor, x_PD: Tensor, *, top_k: int) -> Plan:
     dim_d = x_TD.shape[1]
     block = min(_BLOCK_D, triton.next_power_of_2(dim_d))
     options = dict(TOP_K=top_k, BLOCK_D=block)
-    return Plan(_gather, (None,) * 3, (x_TD.stride(0), dim_d), options, blocks=triton.cdiv(dim_d, block))
+    return Plan(_gather, (None,) * 3, (x_TD.stride(0), dim_d), options, blocks=cdiv(dim_d, block))
 
 
 def gather(x_TD: Tensor, routing: Routing) -> Tensor:
     """x_PD[row] = x_TD[token of row], columns adjacent."""
     num_tokens, dim_d = x_TD.shape
-    x_PD = x_TD.new_empty((len(routing.row_of_pair_P), dim_d))
+    x_PD = x_TD.new_empty((routing.num_pairs, dim_d))
     if x_PD.numel():
         plan = _gather_plan(x_TD, x_PD, top_k=routing.top_k)
         plan((num_tokens, plan.blocks), (x_TD, routing.row_of_pair_P, x_PD))
@@ -164,8 +164,8 @@ def weigh(rows_PR: Tensor, weight_TK: Tensor, routing: Routing) -> Tensor:
     out_PR = torch.empty_like(rows_PR)
     if out_PR.numel():
         plan = _weigh_plan(rows_PR, weight_TK)
-        grid = (triton.cdiv(len(rows_PR), plan.constants["BLOCK_P"]),)
-        plan(grid, (rows_PR, weight_TK, routing.pair_of_row_P, out_PR), len(rows_PR))
+        grid = (cdiv(rows_PR.shape[0], plan.constants["BLOCK_P"]),)
+        plan(grid, (rows_PR, weight_TK, routing.pair_of_row_P, out_PR), rows_PR.shape[0])
     return out_PR
 
 
@@ -180,7 +180,7 @@ def sum_dweight(partial_NP: Tensor, plus_TK: Tensor | None, routing: Routing, li
     num_blocks, num_pairs = partial_NP.shape
     if num_pairs:
         plan = _sum_plan(dweight_TK, plus_TK, wide=partial_NP.dtype)
-        grid = (triton.cdiv(num_pairs, plan.constants["BLOCK"]),)
+        grid = (cdiv(num_pairs, plan.constants["BLOCK"]),)
         plus = partial_NP if plus_TK is None else plus_TK
         plan(grid, (partial_NP, plus, routing.row_of_pair_P, dweight_TK), num_pairs, num_blocks)
     return dweight_TK

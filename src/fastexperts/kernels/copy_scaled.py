@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.launch import Plan, cdiv, planned
 from fastexperts.kernels.operands import tl_accumulator
 
 ELEMENTS = 2048  # of a program's block
@@ -110,7 +110,7 @@ def _blocks(source_EXY: Tensor, out_EXY: Tensor) -> tuple[list[int], tuple[int, 
         block[dim] = min(most, triton.next_power_of_2(out_EXY.shape[dim]))
         left //= block[dim]
     scalars = (*source_EXY.stride(), *out_EXY.stride(), *source_EXY.shape, *out_EXY.shape[1:])
-    grid = (triton.cdiv(dim, size) for dim, size in zip(out_EXY.shape, block, strict=True))
+    grid = (cdiv(dim, size) for dim, size in zip(out_EXY.shape, block, strict=True))
     return block, scalars, math.prod(grid)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastexperts.kernels import hopper_dw, tiles
 from fastexperts.kernels.combine import gather
 from fastexperts.kernels.epilogues import halves
-from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.launch import Plan, cdiv, planned
 from fastexperts.kernels.operands import operand, packed, precision, processors, tl_accumulator
 from fastexperts.kernels.tiles import narrowed
 from fastexperts.routing import Routing
@@ -125,7 +125,7 @@ def _plan(left_PM: Tensor, right_PN: Tensor, out_EMN: Tensor) -> Plan:
             EVEN_M=dim_m % tile.m == 0, EVEN_N=dim_n % tile.n == 0,
             ACC=tl_accumulator(left_PM.dtype), PRECISION=precision(left_PM.dtype),
         ),
-        blocks=num_experts * triton.cdiv(dim_m, tile.m) * triton.cdiv(dim_n, tile.n),
+        blocks=num_experts * cdiv(dim_m, tile.m) * cdiv(dim_n, tile.n),
         most_programs=processors(left_PM.device) * tile.programs_per_sm,
         warps=tile.warps,
         stages=tile.stages,
@@ -155,7 +155,7 @@ def dw(
         other = {"left": "right", "right": "left", "": ""}[tokens]
         return dw(right, left, routing, like_EMN.mT, other).mT
     out_EMN = torch.empty_like(like_EMN)
-    if out_EMN.numel() == 0 or len(routing.pair_of_row_P) == 0:
+    if out_EMN.numel() == 0 or routing.num_pairs == 0:
         return out_EMN.zero_()
     left, right = packed(left), packed(right)
     if tokens:

@@ -26,7 +26,7 @@ from fastexperts.errors import FastexpertsError
 from fastexperts.kernels import hopper_mm, tiles
 from fastexperts.kernels.combine import sum_dweight
 from fastexperts.kernels.epilogues import halves, store_act, store_dact, store_plain
-from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.launch import Plan, cdiv, planned
 from fastexperts.kernels.operands import operand, packed, precision, processors, tl_accumulator
 from fastexperts.kernels.tiles import narrowed
 from fastexperts.routing import Routing, schedule_length
@@ -253,7 +253,7 @@ def _plan(
             EVEN_K=dim_k % tile.k == 0, EVEN_N=dim_n % tile.n == 0,
             ACC=tl_accumulator(a.dtype), PRECISION=precision(a.dtype),
         ),
-        blocks=triton.cdiv(dim_n, tile.n),
+        blocks=cdiv(dim_n, tile.n),
         most_programs=processors(a.device) * tile.programs_per_sm,
         warps=tile.warps,
         stages=tile.stages,
@@ -280,13 +280,14 @@ def _launch(
     for.
     """
     pair_of_row_P, schedule_S3 = routing.pair_of_row_P, routing.schedule_S3
-    rows = len(pair_of_row_P)
+    rows = routing.num_pairs
     if rows == 0:
         return
     block_m = tiles.tile(a.device, a.dtype, name).m
-    if len(schedule_S3) != schedule_length(rows, len(w), block_m):
+    length = schedule_S3.shape[0]
+    if length != schedule_length(rows, w.shape[0], block_m):
         raise FastexpertsError(
-            f"fastexperts: `schedule` of {len(schedule_S3)} tiles got tiles of {block_m} rows; it needs "
+            f"fastexperts: `schedule` of {length} tiles got tiles of {block_m} rows; it needs "
             "those of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its "
             "backward."
         )
@@ -299,7 +300,7 @@ def _launch(
     # the schedule stands in for what is not asked for
     every = (*operands, partial_NP, *extra, pair_of_row_P, schedule_S3, bias_EN)
     tensors = tuple(schedule_S3 if t is None else t for t in every)
-    plan((plan.programs(len(schedule_S3) - 1),), tensors, rows)
+    plan((plan.programs(length - 1),), tensors, rows)
 
 
 def up(
@@ -312,7 +313,7 @@ def up(
     more: Step | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See backend.Backend."""
-    rows, dim_g = len(routing.pair_of_row_P), w1_EGD.shape[1]
+    rows, dim_g = routing.num_pairs, w1_EGD.shape[1]
     h_PG, a_PF = (
         x_TD.new_empty((rows if keep_h else 0, dim_g)),
         x_TD.new_empty(rows, dim_g // activation.parts),
@@ -328,7 +329,7 @@ def down(
     a_PF: Tensor, w2_EDF: Tensor, bias_ED: Tensor | None, routing: Routing, more: Step | None = None
 ) -> Tensor:
     """See backend.Backend."""
-    y_PD = a_PF.new_empty((len(a_PF), w2_EDF.shape[1]))
+    y_PD = a_PF.new_empty((a_PF.shape[0], w2_EDF.shape[1]))
     _launch("down", a_PF, w2_EDF, y_PD, routing, more=more, bias_EN=_contiguous(bias_ED))
     return y_PD
 
@@ -339,14 +340,14 @@ def _contiguous(bias_EN: Tensor | None) -> Tensor | None:
 
 def dx(dh_PG: Tensor, w1_EGD: Tensor, routing: Routing, more: Step | None = None) -> Tensor:
     """See backend.Backend."""
-    dx_PD = dh_PG.new_empty((len(dh_PG), w1_EGD.shape[2]))
+    dx_PD = dh_PG.new_empty((dh_PG.shape[0], w1_EGD.shape[2]))
     _launch("dx", dh_PG, w1_EGD, dx_PD, routing, more=more)
     return dx_PD
 
 
 def shrink(rows: Tensor, factor_ERK: Tensor, routing: Routing, tokens: bool) -> Tensor:
     """See backend.Backend."""
-    rows_PR = rows.new_empty((len(routing.pair_of_row_P), factor_ERK.shape[1]))
+    rows_PR = rows.new_empty((routing.num_pairs, factor_ERK.shape[1]))
     _launch("shrink", rows, factor_ERK, rows_PR, routing, gather=tokens)
     return rows_PR
 
@@ -368,7 +369,7 @@ def dh(
     wa_PF = h_PG.new_empty((rows if need_wa else 0, dim_f))
     dh_PG = h_PG.new_empty((rows if need_dh else 0, dim_g))
     # the ring's blocks are as wide as the table's: tiles.RINGS
-    blocks = triton.cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
+    blocks = cdiv(dim_f, tiles.tile(h_PG.device, h_PG.dtype, "dh").n)
     partial_NP = h_PG.new_empty((blocks if need_dweight else 0, rows), dtype=accumulator(h_PG.dtype))
     _launch(
         "dh", dout_TD, w2_EDF, wa_PF if need_wa else None, routing, activation=activation, h_PG=h_PG,

@@ -6,7 +6,6 @@ Legend: see moe.py and ring.py; M, N dims of the weight.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fastexperts.kernels import tiles
-from fastexperts.kernels.launch import Plan
+from fastexperts.kernels.launch import Plan, cdiv
 from fastexperts.kernels.operands import describable, processors
 from fastexperts.kernels.ring import (
     BLOCK_K,
@@ -216,7 +215,7 @@ def plan(rows_M: Tensor, rows_N: Tensor, out_EMN: Tensor, top_k: int, *, gather_
             DTYPE=gl.bfloat16 if rows_M.dtype == torch.bfloat16 else gl.float16, LAYOUT=swizzled(2),
             OUT_LAYOUT=swizzled(2, 8 * out_EMN.element_size()),
         ),
-        blocks=experts * triton.cdiv(dim_m, BLOCK_M) * triton.cdiv(dim_n, BLOCK_N),
+        blocks=experts * cdiv(dim_m, BLOCK_M) * cdiv(dim_n, BLOCK_N),
         most_programs=processors(rows_M.device),
         warps=CONSUMER_WARPS,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fastexperts.kernels import tiles
 from fastexperts.kernels.hopper_epilogues import H_SLOTS, part_of_h, store_act, store_dact, store_plain
-from fastexperts.kernels.launch import Described, Plan
+from fastexperts.kernels.launch import Described, Plan, cdiv
 from fastexperts.kernels.operands import processors
 from fastexperts.kernels.ring import (
     BLOCK_K,
@@ -383,7 +382,7 @@ def plan(
             EVEN_K=dim_k % BLOCK_K == 0, LAYOUT=swizzled(2), MORE_LAYOUT=swizzled(2, width=2 * rank_k),
             DTYPE=gl.bfloat16 if a.dtype == torch.bfloat16 else gl.float16,
         ),
-        blocks=triton.cdiv(dim_n, BLOCK_N // (parts * spread)),
+        blocks=cdiv(dim_n, BLOCK_N // (parts * spread)),
         most_programs=processors(a.device),
         warps=CONSUMER_WARPS,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from fastexperts.kernels import tiles
 from fastexperts.kernels.copy_scaled import copy_scaled
 from fastexperts.kernels.grouped_dw import dw
 from fastexperts.kernels.grouped_mm import shrink
-from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.launch import Plan, cdiv, planned
 from fastexperts.kernels.operands import packed, precision, tl_accumulator
 from fastexperts.routing import Routing
 
@@ -115,7 +115,7 @@ def _plan(
             SHRINK=factor_ERN is not None, BN=block_n, BK=tile.k, BR=block_r, ACC=tl_accumulator(rows.dtype),
             PRECISION=precision(rows.dtype),
         ),
-        blocks=triton.cdiv(dim_n, block_n),
+        blocks=cdiv(dim_n, block_n),
         warps=tile.warps,
         stages=tile.stages,
     )  # fmt: skip
@@ -145,7 +145,7 @@ def dfactor(
     rank = against_PR.shape[1]
     if rank <= WIDEST:
         return _launch(rows, None, against_PR, routing, like_ErN, tokens, scale)[1]
-    shape = len(like_ErN), rank, like_ErN.shape[2]
+    shape = like_ErN.shape[0], rank, like_ErN.shape[2]
     like_ERN = like_ErN.new_empty(shape, dtype=accumulator(rows.dtype))
     grad_ERN = dw(against_PR, rows, routing, like_ERN, "right" if tokens else "")
     return copy_scaled(grad_ERN, torch.empty_like(like_ErN), scale)
@@ -168,7 +168,7 @@ def _launch(
     """(rows @ factor^T, of no rows without a factor; dfactor)."""
     rows, against_PR, grad_ErN = packed(rows), against_PR.contiguous(), torch.empty_like(like_ErN)
     rows_PR = torch.empty_like(against_PR if factor_ERN is not None else against_PR[:0])
-    if grad_ErN.numel() == 0 or len(against_PR) == 0:
+    if grad_ErN.numel() == 0 or against_PR.shape[0] == 0:
         return rows_PR.zero_(), grad_ErN.zero_()
     # scattered stores of 4 bytes cost more than a copy that turns blocks (docs/log.md)
     out_ErN = grad_ErN if grad_ErN.stride(2) == 1 else grad_ErN.new_empty(grad_ErN.shape)
@@ -178,8 +178,8 @@ def _launch(
     # `rows` stands in for what is not asked for
     every = (rows, against_PR, factor_ERN, out_ErN, partial if blocks else None)
     tensors = (*[rows if t is None else t for t in every], routing.pair_of_row_P, routing.offsets_E1)
-    plan((len(out_ErN), plan.blocks), tensors, len(against_PR))
+    plan((out_ErN.shape[0], plan.blocks), tensors, against_PR.shape[0])
     if blocks:
         sums = (partial, rows_PR.view(-1))
-        _sum_plan(*sums, blocks=blocks)((triton.cdiv(rows_PR.numel(), SUMMED),), sums, rows_PR.numel())
+        _sum_plan(*sums, blocks=blocks)((cdiv(rows_PR.numel(), SUMMED),), sums, rows_PR.numel())
     return rows_PR, out_ErN if out_ErN is grad_ErN else copy_scaled(out_ErN, grad_ErN)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.launch import Plan, cdiv, planned
 from fastexperts.routing import Routing, schedule_length
 
 CHUNK = 1024  # blocks that a step of the scan takes
@@ -132,7 +132,7 @@ def route(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:
     """See backend.Backend."""
     ids_P = ids_TK.reshape(-1)
     num_pairs, top_k = ids_P.numel(), ids_TK.shape[1]
-    num_blocks = triton.cdiv(num_pairs, BLOCK)
+    num_blocks = cdiv(num_pairs, BLOCK)
     length = schedule_length(num_pairs, num_experts, block_m)
 
     def new(*shape: int) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastexperts.kernels.launch import Plan, planned
+from fastexperts.kernels.launch import Plan, cdiv, planned
 from fastexperts.kernels.operands import packed, tl_accumulator
 from fastexperts.routing import Routing
 
@@ -63,17 +63,17 @@ def _plan(rows: Tensor, weight_TK: Tensor | None, out_EN: Tensor, *, top_k: int)
         BLOCK_N=block_n,
     )
     scalars = (rows.stride(0), dim_n)
-    return Plan(_sum_rows, (None,) * 5, scalars, options, blocks=triton.cdiv(dim_n, block_n))
+    return Plan(_sum_rows, (None,) * 5, scalars, options, blocks=cdiv(dim_n, block_n))
 
 
 def db(rows: Tensor, weight_TK: Tensor | None, routing: Routing, like_EN: Tensor) -> Tensor:
     """See backend.Backend."""
     out_EN = torch.empty_like(like_EN, memory_format=torch.contiguous_format)
-    if out_EN.numel() == 0 or len(routing.pair_of_row_P) == 0:
+    if out_EN.numel() == 0 or routing.num_pairs == 0:
         return out_EN.zero_()
     rows = packed(rows)
     weight_TK = None if weight_TK is None else weight_TK.contiguous()
     plan = _plan(rows, weight_TK, out_EN, top_k=routing.top_k)
     weight = rows if weight_TK is None else weight_TK
-    plan((len(out_EN), plan.blocks), (rows, weight, out_EN, routing.pair_of_row_P, routing.offsets_E1))
+    plan((out_EN.shape[0], plan.blocks), (rows, weight, out_EN, routing.pair_of_row_P, routing.offsets_E1))
     return out_EN
