@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "plan: the strides are not part of it",
         "kernels/launch.py",
-        "rows > FAR, tensor.stride(), tensor.dtype",
-        "rows > FAR, tensor.dtype",
+        "return dims, tensor.stride(), tensor.dtype",
+        "return dims, tensor.dtype",
     ),
     # rows and tokens
     Mutant(

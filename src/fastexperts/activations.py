@@ -12,8 +12,9 @@ Legend: P rows, F expert intermediate dim, G columns of h (2F gated, F otherwise
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -136,13 +137,14 @@ class Activation:
         return 2 if self.gated else 1
 
     @property
-    def params(self) -> list[float]:
+    def params(self) -> tuple[float, ...]:
         """The fields behind `fn` as they travel through the ops' schema."""
-        bounds = [self.limit, self.up_shift, self.gate_cap, self.up_cap]
-        return [float(self.gated), self.alpha, *bounds, float(self.interleaved)]
+        bounds = (self.limit, self.up_shift, self.gate_cap, self.up_cap)
+        return (float(self.gated), self.alpha, *bounds, float(self.interleaved))
 
     @staticmethod
-    def of(fn: str, params: Sequence[float]) -> Activation:
+    @functools.cache
+    def of(fn: str, params: tuple[float, ...]) -> Activation:
         """The inverse of (`fn`, `params`)."""
         gated, alpha, limit, up_shift, gate_cap, up_cap, interleaved = params
         return Activation(fn, bool(gated), alpha, limit, up_shift, gate_cap, up_cap, bool(interleaved))

@@ -142,7 +142,7 @@ def restored(
         None if a is None or b is None else Update(Lora(a, b, scale), dtype)
         for a, b, scale in ((a1, b1, scale1), (a2, b2, scale2))
     )
-    activation = Activation.of(act, params)
+    activation = Activation.of(act, tuple(params))
     return Layer(weight_TK, w1_EGD, w2_EDF, bias1, bias2, update1, update2, routing, activation, dtype)
 
 
