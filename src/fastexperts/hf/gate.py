@@ -10,6 +10,7 @@ Legend: P rows, F expert intermediate dim, G = 2F gated, else F.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,7 +61,7 @@ def activation_of(module: Any) -> Activation:
     """
     if not torch.compiler.is_compiling():
         return checked_gate(module).activation
-    fields = _fields_constant(module)
+    fields = _fields_constant(id(module))
     # The gate is traced on no rows, for the guards alone: when a value that it reads changes, this is
     # compiled, and so compared, again. Nothing uses the result, so it leaves the graph as dead code.
     _gate_function(module)(torch.empty(0, 4))
@@ -83,8 +84,11 @@ def checked_gate(module: Any) -> CheckedGate:
 
 
 @torch.compiler.assume_constant_result
-def _fields_constant(module: Any) -> tuple[Any, ...]:
-    """The fields of the activation: torch.compile builds an `Activation`, but takes none as a constant."""
+def _fields_constant(address: int) -> tuple[Any, ...]:
+    """The fields of the activation of the module that lives there: torch.compile builds an `Activation`, but
+    takes none as a constant; and of PyTorch 2.11 no module as an argument of a constant.
+    """
+    module = ctypes.cast(address, ctypes.py_object).value
     return astuple(checked_gate(module).activation)
 
 
