@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+_LIBRARY = torch.library.Library("fastexperts", "FRAGMENT")  # what is registered lives as long as it does
+
 
 class Op:
     """A function of tensors, numbers and strings as the op fastexperts::NAME.
@@ -30,26 +32,27 @@ class Op:
         """Decorates what gives the shapes of the results."""
         return torch.library.register_fake(self.name, function)
 
-    def below_autograd(self, *args: Any) -> Any:
-        """The results, of which autograd notes nothing."""
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._packet(*args)
-
     def differentiable(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-        """Decorates the derivative: takes the arguments of the op, and calls `below_autograd` in its forward.
+        """Decorates the derivative, whose forward takes a key set before the arguments of the op, for
+        `below_autograd`.
 
-        As torch.library.register_autograd does it, which in each call looks for defaults of arguments in a
-        schema that it reads once for every argument: 60 us, a fifth of a call.
+        torch.library.register_autograd does the same, but in each call looks for defaults of arguments in the
+        schema, which it reads once for every argument: 60 us, a fifth of a call.
         """
 
-        def call(*args: Any) -> Any:
+        def call(keys: Any, *args: Any) -> Any:
             asked = torch.is_grad_enabled() and any(
                 isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args
             )
-            return function.apply(*args) if asked else self.below_autograd(*args)
+            return function.apply(keys, *args) if asked else self.below_autograd(keys, *args)
 
-        torch.library.impl(self.name, "Autograd", _unseen(call))
+        _LIBRARY.impl(self.name, _unseen(call), "Autograd", with_keyset=True)
         return function
+
+    def below_autograd(self, keys: Any, *args: Any) -> Any:
+        """The results, of which autograd notes nothing. keys: of the dispatcher, as it gave them."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._packet.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def no_derivative(self, refusal: Callable[..., None]) -> None:
         """A backward through the op calls `refusal`, which raises."""

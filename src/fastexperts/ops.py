@@ -1,8 +1,8 @@
 """The layer of moe.py as PyTorch sees it: `moe_mlp`, over two torch.library ops that torch.compile,
 checkpoint policies and profilers see whole, with the one autograd formula between them.
 
-Ops take no objects and return no None: an activation travels as a name and floats, biases and the factors of
-updates as `EXTRAS`; of the results an absent tensor is an empty one.
+Ops take no objects and return no None: an activation travels as a name and floats; of their results an absent
+tensor is an empty one.
 """
 
 from __future__ import annotations
@@ -247,8 +247,8 @@ class _MoeMlp(torch.autograd.Function):
     """The op and its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        results: tuple[Tensor, ...] = _moe_mlp.below_autograd(*args)
+    def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = _moe_mlp.below_autograd(keys, *args)
         _, *kept = results
         x_TD, _, *primals, act, numbers, dtype, _ = args
         ctx.set_materialize_grads(False)
@@ -259,18 +259,17 @@ class _MoeMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout_TD: Tensor | None, *_: None) -> tuple[Any, ...]:
-        need_x, _, *needs = ctx.needs_input_grad
-        *needs, _, _, _, _ = needs  # how, keep_h
-        others = (None,) * 4
+        _, *needs = ctx.needs_input_grad[: 2 + len(PRIMALS)]  # keys
+        del needs[1]  # ids
+        others = (None,) * 4  # how, keep_h
         if dout_TD is None:
-            return (*(None,) * (1 + len(PRIMALS)), *others)
+            return (None,) * (2 + len(PRIMALS) + len(others))
         # once: checkpointing recomputes at the first look and refuses a second
         saved = list(ctx.saved_tensors)
         primals, kept = saved[: len(PRIMALS)], saved[len(PRIMALS) :]
-        needs = [need_x, *needs]
         found = _moe_mlp_backward(dout_TD, primals, kept, *ctx.how, needs)
         dx_TD, *grads = (grad if need else None for grad, need in zip(found, needs, strict=True))
-        return (dx_TD, None, *grads, *others)
+        return (None, dx_TD, None, *grads, *others)
 
 
 def _no_forward_mode(tensors: Sequence[Tensor]) -> None:

@@ -155,7 +155,8 @@ def lora_linear(
     """x W^T + bias + scale (x A^T) B^T [..., O] in `dtype`, to which all operands are cast; x [..., I].
 
     Gradients have the dtypes of their operands; those of weights are summed in fp32 (fp64 for fp64). Kept for
-    them are x as cast, x A^T, and the factors as cast. A second derivative raises RuntimeError.
+    them are x as cast, x A^T, and the factors as cast, so that writing over one of another dtype before the
+    backward changes nothing there. A second derivative raises RuntimeError.
     """
     x_TI = x.to(dtype).reshape(-1, x.shape[-1])
     y_TO: Tensor = _LoraLinear.apply(x_TI, weight_OI, bias_O, a_RI, b_OR, scale)
@@ -212,16 +213,16 @@ class _LoraLinear(torch.autograd.Function):
             if need_bias:
                 dbias = dy_TO.sum(0, dtype=bias_dtype)
             if need_a:
-                da = _summed(dxa_TR, x_TI, ctx.scale).to(a_dtype)
+                da = _summed(dxa_TR, x_TI).mul_(ctx.scale).to(a_dtype)
             if need_b:
-                db = _summed(dy_TO, xa_TR, ctx.scale).to(b_dtype)
+                db = _summed(dy_TO, xa_TR).mul_(ctx.scale).to(b_dtype)
         return dx, dweight, dbias, da, db, None
 
 
-def _summed(left_TM: Tensor, right_TN: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * left^T right [M, N], a sum over T rows, in the dtype of sums."""
+def _summed(left_TM: Tensor, right_TN: Tensor) -> Tensor:
+    """left^T right [M, N], a sum over T rows, in the dtype of sums."""
     wide = accumulator(left_TM.dtype)
     if left_TM.is_cuda and left_TM.dtype.itemsize == 2:
-        none = left_TM.new_empty(left_TM.shape[1], right_TN.shape[1], dtype=wide)  # beta 0: it is not read
-        return torch.addmm(none, left_TM.mT, right_TN, wide, beta=0, alpha=scale)
-    return (left_TM.to(wide).mT @ right_TN.to(wide)).mul_(scale)
+        # addmm, which scales as well, takes out_dtype too, but neither Inductor nor FlopCounterMode knows it
+        return torch.mm(left_TM.mT, right_TN, out_dtype=wide)
+    return left_TM.to(wide).mT @ right_TN.to(wide)
