@@ -155,7 +155,8 @@ def _slots(model: Any, state: Mapping[str, Tensor], experts: list[str]) -> dict[
     for name in experts:
         slots[name] = Slot(name)  # some families, and some exports, keep it in one piece
         count, out, _ = state[name].shape
-        probe = torch.arange(count * out, dtype=torch.int32).reshape(count, out, 1)
+        # two columns: transformers 5.17 drops a dim of 1
+        probe = torch.arange(count * out, dtype=torch.int32).reshape(count, out, 1).repeat(1, 1, 2)
         for key, rows in revert_weight_conversion(model, {name: probe}).items():
             if rows.dim() != 2:
                 continue
