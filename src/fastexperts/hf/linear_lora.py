@@ -181,7 +181,7 @@ class _LoraLinear(torch.autograd.Function):
         bias = None if bias_O is None else bias_O.to(dtype)
         y_TO = nn.functional.linear(x_TI, weight_OI.to(dtype), bias)
         xa_TR = x_TI @ a.mT
-        # in place, but while torch.compile traces: that of PyTorch 2.11 loses the gradient of what is
+        # out of place while torch.compile traces: PyTorch 2.11 loses the gradient of an output written over
         plus = torch.addmm if torch.compiler.is_compiling() else Tensor.addmm_
         y_TO = plus(y_TO, xa_TR, b.mT, alpha=scale)
         need_x, need_weight, _, need_a, need_b, _ = ctx.needs_input_grad
