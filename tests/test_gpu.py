@@ -121,6 +121,28 @@ def test_no_host_synchronisation(weights):
     assert equal(out, warm)
 
 
+def test_a_launch_hook_hears_of_every_launch():
+    """Planned launches included, which pass Triton's own call by. The results are the same."""
+    knobs = pytest.importorskip("triton.knobs")
+    inputs, heard = build(SMALL, 100), []
+    quiet = ours(inputs)
+
+    def listen(metadata):
+        heard.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(listen)
+    try:
+        loud = ours(inputs)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(listen)
+    of_forward = ("_count", "_scan", "_place", "_combine")
+    assert set(of_forward) < set(heard)
+    launches = len(heard)
+    assert equal(ours(inputs), quiet)
+    assert equal(loud, quiet)
+    assert len(heard) == launches
+
+
 def test_sync_debug_mode_would_have_told():
     ids = torch.zeros(1, device="cuda")
     torch.cuda.set_sync_debug_mode("error")

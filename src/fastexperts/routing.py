@@ -72,7 +72,8 @@ class Routing:
 
 def schedule_length(num_pairs: int, num_experts: int, block_m: int) -> int:
     """S: entry 0 and the most tiles that any routing of `num_pairs` rows over `num_experts` can need."""
-    return 1 + num_pairs // block_m + torch.sym_min(num_pairs, num_experts)
+    least = min if type(num_pairs) is int else torch.sym_min  # the latter under torch.compile
+    return 1 + num_pairs // block_m + least(num_pairs, num_experts)
 
 
 def route_torch(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:

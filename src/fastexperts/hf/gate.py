@@ -39,6 +39,7 @@ _OURS = "_fastexperts_"
 _ATTRIBUTES = {True: f"{_OURS}checked_gate", False: f"{_OURS}checked_gate_in_eval"}
 """Where a module keeps what holds for it in training, and in eval: runs turn from one to the other often."""
 _PLAIN = (int, float, str, type(None), torch.dtype, FunctionType, MethodType)
+_EXACTLY_PLAIN = frozenset((bool, *_PLAIN))
 
 
 @dataclass(frozen=True)
@@ -101,22 +102,35 @@ def _state(module: Any) -> tuple[Any, ...]:
     functions and the plain values, used or not. Not seen: globals, closures, class attributes, other objects.
     """
     act_fn = getattr(module, "act_fn", None)
-    owners = (getattr(module, "config", None), act_fn, *module.modules())
+    owners = [getattr(module, "config", None), *module.modules()]
+    if not any(act_fn is owner for owner in owners):
+        owners.append(act_fn)
     # Functions and not classes: each forward of a parametrized module (PEFT) makes a class of its own.
     functions = [getattr(type(owner), "forward", None) for owner in owners]
-    values = [_plain(getattr(owner, "__dict__", {})) for owner in owners]
+    values = [_plain_attributes(owner) for owner in owners]
     return act_fn, getattr(type(module), "_apply_gate", None), functions, values
 
 
+def _plain_attributes(owner: Any) -> dict[str, Any]:
+    """name -> `_plain` of an attribute of `owner` itself, without what we put there.
+
+    It sees a hundred in every forward: most are their own `_plain`, which is told here without a call.
+    """
+    return {
+        name: value if type(value) in _EXACTLY_PLAIN else _plain(value)
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if not name.startswith(_OURS)
+    }
+
+
 def _plain(value: Any) -> Any:
-    """`value` itself if it is plain, a copy of a container without what we put in it, else its type."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if not str(key).startswith(_OURS)}
-    if isinstance(value, (list, tuple)):
+    """`value` itself if it is plain, a copy of a container, else its type."""
+    kind = type(value)  # isinstance would ask a config for its class, too
+    if issubclass(kind, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if issubclass(kind, (list, tuple)):
         return [_plain(item) for item in value]
-    return type(value)
+    return value if issubclass(kind, _PLAIN) else kind
 
 
 def find_activation(module: Any) -> Activation:

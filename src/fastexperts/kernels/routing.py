@@ -136,7 +136,7 @@ def route(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:
     length = schedule_length(num_pairs, num_experts, block_m)
 
     def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=ids_TK.device)
+        return ids_TK.new_empty(shape, dtype=torch.int32)
 
     if num_pairs == 0:
         schedule_S3 = new(1, 3).zero_()
