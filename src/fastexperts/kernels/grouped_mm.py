@@ -283,20 +283,19 @@ def _launch(
     rows = routing.num_pairs
     if rows == 0:
         return
-    block_m = tiles.tile(a.device, a.dtype, name).m
-    length = schedule_S3.shape[0]
-    if length != schedule_length(rows, w.shape[0], block_m):
-        raise FastexpertsError(
-            f"fastexperts: `schedule` of {length} tiles got tiles of {block_m} rows; it needs "
-            "those of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its "
-            "backward."
-        )
     operands = (packed(a), w, out_PN, h_PG, dh_PG, weight_TK)
     extra = more or (None, None)
     plan = _plan(
         *operands, *extra, bias_EN, name=name, gather=gather, top_k=routing.top_k, activation=activation,
         store_dweight=partial_NP is not None,
     )  # fmt: skip
+    block_m, length = plan.constants["BM"], schedule_S3.shape[0]
+    if length != schedule_length(rows, w.shape[0], block_m):
+        raise FastexpertsError(
+            f"fastexperts: `schedule` of {length} tiles got tiles of {block_m} rows; it needs "
+            "those of the backend that routed. Leave FASTEXPERTS_BACKEND alone between a forward and its "
+            "backward."
+        )
     # the schedule stands in for what is not asked for
     every = (*operands, partial_NP, *extra, pair_of_row_P, schedule_S3, bias_EN)
     tensors = tuple(schedule_S3 if t is None else t for t in every)

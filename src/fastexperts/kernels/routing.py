@@ -21,7 +21,7 @@ BLOCK = 64  # pairs per program: ranks inside a block cost BLOCK^2 comparisons, 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _count(
     p_ids,  # [P] expert ids
-    p_count,  # [B, E] out: pairs of the block per expert
+    p_count,  # [B + 1, E] out: pairs of the block per expert
     num_pairs,
     num_experts: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -39,8 +39,7 @@ def _count(
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _scan(
-    p_count,  # [B, E] in: counts; out: pairs of the expert in earlier blocks
-    p_total,  # [E] out
+    p_count,  # [B + 1, E] in: counts; out: pairs of the expert in earlier blocks, and last in all
     num_blocks,
     num_experts: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -54,14 +53,13 @@ def _scan(
         count = tl.load(p_chunk, mask=o_b < num_blocks, other=0)
         tl.store(p_chunk, total + tl.cumsum(count, 0) - count, mask=o_b < num_blocks)
         total += tl.sum(count, 0)
-    tl.store(p_total + i_e, total)
+    tl.store(p_count + num_blocks.to(tl.int64) * num_experts + i_e, total)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _place(
     p_ids,  # [P]
-    p_count,  # [B, E] pairs of the expert in earlier blocks
-    p_total,  # [E]
+    p_count,  # [B + 1, E] pairs of the expert in earlier blocks, and last in all
     p_row_of_pair,  # [P] out
     p_pair_of_row,  # [P] out
     p_offsets,  # [E + 1] out
@@ -76,6 +74,7 @@ def _place(
     """Grid (B,): one program places one block of pairs and writes every B-th tile of the schedule."""
     i_b = tl.program_id(0)
     o_e = tl.arange(0, E2)
+    p_total = p_count + tl.num_programs(0).to(tl.int64) * num_experts
     total = tl.load(p_total + o_e, mask=o_e < num_experts, other=0)
     end = tl.cumsum(total, 0)
     tiles = (total + BLOCK_M - 1) // BLOCK_M
@@ -121,9 +120,9 @@ def _plans(ids_P: Tensor, *, num_experts: int, block_m: int) -> tuple[Plan, Plan
     """Of `_count`, `_scan` and `_place`."""
     padded = max(16, triton.next_power_of_2(num_experts))
     count = Plan(_count, (None,) * 2, (), dict(num_experts=num_experts, BLOCK=BLOCK, E2=padded))
-    scan = Plan(_scan, (None,) * 2, (), dict(num_experts=num_experts, CHUNK=CHUNK))
+    scan = Plan(_scan, (None,), (), dict(num_experts=num_experts, CHUNK=CHUNK))
     place = Plan(
-        _place, (None,) * 7, (), dict(num_experts=num_experts, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m)
+        _place, (None,) * 6, (), dict(num_experts=num_experts, BLOCK=BLOCK, E2=padded, BLOCK_M=block_m)
     )
     return count, scan, place
 
@@ -142,10 +141,10 @@ def route(ids_TK: Tensor, num_experts: int, block_m: int) -> Routing:
         schedule_S3 = new(1, 3).zero_()
         schedule_S3[0, 1] = block_m
         return Routing(new(0), new(0), new(num_experts + 1).zero_(), schedule_S3, top_k)
-    count_BE, total_E = new(num_blocks, num_experts), new(num_experts)
+    counts = new(num_blocks + 1, num_experts)
     routing = Routing(new(num_pairs), new(num_pairs), new(num_experts + 1), new(length, 3), top_k)
     count, scan, place = _plans(ids_P, num_experts=num_experts, block_m=block_m)
-    count((num_blocks,), (ids_P, count_BE), num_pairs)
-    scan((num_experts,), (count_BE, total_E), num_blocks)
-    place((num_blocks,), (ids_P, count_BE, total_E, *routing.tensors), num_pairs, length - 1)
+    count((num_blocks,), (ids_P, counts), num_pairs)
+    scan((num_experts,), (counts,), num_blocks)
+    place((num_blocks,), (ids_P, counts, *routing.tensors), num_pairs, length - 1)
     return routing
