@@ -274,6 +274,12 @@ matrix products.
 {table(heads, lines)}"""
 
 
+def on_card(record: Record) -> str:
+    """For a title: ", NVIDIA H200", or nothing for the card of most results."""
+    card = record["environment"]["card"]
+    return "" if "H100" in card else f", {card}"
+
+
 def page(records: dict[str, Record]) -> str:
     """docs/benchmarks.md, of the results that are there."""
     text = (
@@ -285,7 +291,8 @@ def page(records: dict[str, Record]) -> str:
             continue
         rows, steps = rows_of(record), breakdown_of(record)
         many = len(by_implementation(rows)) > 1
-        title = "Shapes, lengths and skew" if many else f"One layer of {name.removeprefix('layer-')}"
+        one = f"One layer of {name.removeprefix('layer-')}"
+        title = f"Shapes, lengths and skew{on_card(record)}" if many else one
         text += (
             f"\n## {title}\n\n{environment_line(record)}.\n\n![{title}](../benchmarks/results/{name}.png)\n\n"
         )
@@ -306,7 +313,7 @@ def page(records: dict[str, Record]) -> str:
             text += f"\n## Experts that are not plain SwiGLU\n\n{families_section(record)}"
     for record in records.values():
         if "lora" in record:
-            text += f"\n## LoRA of frozen experts\n\n{lora_section(record)}"
+            text += f"\n## LoRA of frozen experts{on_card(record)}\n\n{lora_section(record)}"
     for record in records.values():
         if "lora_model" in record:
             many = f"{record['lora_model']['layers']} layers"
