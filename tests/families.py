@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from support_hf import rescale, tokens
@@ -140,8 +141,16 @@ def cases() -> tuple[Case, ...]:
 
 
 def case_of(family: str) -> Case:
-    """The first case of a family."""
-    return next(case for case in cases() if case.family == family)
+    """The first case of a family. A test of one that came with a newer transformers is skipped."""
+    found = [case for case in cases() if case.family == family]
+    if not found and not has_all_families():
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    return found[0]
+
+
+def has_all_families() -> bool:
+    """Whether this transformers is no older than what the tests are written for."""
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 def tiny_family(case: Case, implementation: str = "eager", **overrides: Any) -> PreTrainedModel:

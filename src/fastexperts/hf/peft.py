@@ -59,7 +59,10 @@ def _handing_over(fold: Callable[..., Any], name: str) -> Callable[..., Any]:
             with fold(wrapper, active_adapters):
                 yield
             return
-        handed = module.__dict__.setdefault(_ATTRIBUTE, {})
+        handed = getattr(module, _ATTRIBUTE, None)
+        if handed is None:  # not by setdefault of `__dict__`, which Dynamo of PyTorch 2.11 does not trace
+            handed = {}
+            setattr(module, _ATTRIBUTE, handed)
         handed[parameter] = [_lora(wrapper, adapter) for adapter in adapters]
         try:
             yield
