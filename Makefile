@@ -22,10 +22,10 @@ endif
 # Two workers with one thread each: threads that compete for the same two cores are many times slower.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-.PHONY: help venv demo test test-all support mutants fix wheel clean
+.PHONY: help venv demo test test-all test-oldest support mutants fix wheel clean
 
 help:
-	@echo "make demo | test | test-all | support | mutants | fix | wheel | clean   (CONTRIBUTING.md says what each does)"
+	@echo "make demo | test | test-all | test-oldest | support | mutants | fix | wheel | clean   (CONTRIBUTING.md says what each does)"
 
 venv: .venv/.installed
 
@@ -50,6 +50,13 @@ test: venv
 test-all: venv
 	$(PYTEST)
 
+# The oldest versions that pyproject.toml allows. Not `dev`, whose Triton is newer than the one of that torch.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --disable-pip-version-check --quiet -c constraints-oldest.txt \
+		-e '.[train,peft,plot]' build hatchling hypothesis pytest pytest-xdist tensorboard
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m "not slow"
+
 # xunit1: what a test records has no place in the later format. Failing tests are cells of the page as well.
 support: venv
 	rm -f .venv/support.xml
@@ -67,4 +74,4 @@ wheel: venv
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest dist .mypy_cache .ruff_cache .pytest_cache
