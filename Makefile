@@ -6,6 +6,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
+PIP_OLDEST := $(subst .venv,.venv-oldest,$(PIP))
+TOOLS_OLDEST := build hatchling hypothesis pytest pytest-xdist tensorboard
 
 ifdef TORCH
 CONSTRAINTS := constraints.txt
@@ -50,11 +52,12 @@ test: venv
 test-all: venv
 	$(PYTEST)
 
-# The oldest versions that pyproject.toml allows. Not `dev`, whose Triton is newer than the one of that torch.
+# The oldest PyTorch, Triton, transformers, TRL, PEFT and Liger that we serve. Not `dev`, whose Triton is newer; the CPU
+# build of torch as above, which brings none.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --disable-pip-version-check --quiet -c constraints-oldest.txt \
-		-e '.[train,peft,plot]' build hatchling hypothesis pytest pytest-xdist tensorboard
+	$(PIP_OLDEST) --retries 1 --no-deps torch==2.11.0 --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PIP_OLDEST) -c constraints-oldest.txt -e '.[train,peft,plot]' triton $(TOOLS_OLDEST)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist worksteal -m "not slow"
 
 # xunit1: what a test records has no place in the later format. Failing tests are cells of the page as well.

@@ -145,6 +145,7 @@ def case_of(family: str) -> Case:
     found = [case for case in cases() if case.family == family]
     if not found and not has_all_families():
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    assert found, f"no family {family} has experts"
     return found[0]
 
 

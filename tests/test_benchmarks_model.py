@@ -406,11 +406,11 @@ def run(monkeypatch, folder, *arguments):
 
 def test_steps_from_arguments_to_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step, "WARMUP", 1)
-    chosen = "--weights bf16 --modes full --backends grouped_mm,fastexperts --no-extras"
+    chosen = "--weights bf16 --modes full --backends fastexperts --no-extras"
     run(monkeypatch, tmp_path, "--steps", "1", *chosen.split())
     found = json.loads((tmp_path / "model-qwen3-30b-a3b.json").read_text())
-    default, row = model_report.step_rows_of(found["model"])
-    assert row.loss == pytest.approx(default.loss, abs=2e-3)
+    (row,) = model_report.step_rows_of(found["model"])
+    # of a model that knows nothing, whatever its experts compute: that is tested elsewhere
     assert row.loss == pytest.approx(math.log(QWEN.tiny().settings["vocab_size"]), abs=0.1)
     assert row.imbalance > 1
     assert row.parts["experts"].keys() == {FORWARD, RECOMPUTE, BACKWARD}

@@ -121,22 +121,33 @@ def test_no_host_synchronisation(weights):
     assert equal(out, warm)
 
 
-def test_a_launch_hook_hears_of_every_launch():
-    """Planned launches included, which pass Triton's own call by. The results are the same."""
-    knobs = pytest.importorskip("triton.knobs")
-    inputs, heard = build(SMALL, 100), []
+@pytest.mark.parametrize("when", ["enter", "exit"])
+def test_a_launch_hook_hears_of_every_launch(when, monkeypatch):
+    """Planned launches included, which bypass Triton's own call. The results are the same."""
+    from triton import knobs
+
+    from fastexperts.kernels.launch import Plan
+
+    hook = getattr(knobs.runtime, f"launch_{when}_hook")
+    inputs, heard, launched = build(SMALL, 100), [], []
     quiet = ours(inputs)
 
     def listen(metadata):
         heard.append(metadata.get()["name"])
 
-    knobs.runtime.launch_enter_hook.add(listen)
+    def again(plan, *args):
+        launched.append(plan.kernel.__name__)
+        original(plan, *args)
+
+    original = Plan.again
+    monkeypatch.setattr(Plan, "again", again)
+    hook.add(listen)
     try:
         loud = ours(inputs)
     finally:
-        knobs.runtime.launch_enter_hook.remove(listen)
-    of_forward = ("_count", "_scan", "_place", "_combine")
-    assert set(of_forward) < set(heard)
+        hook.remove(listen)
+    assert heard == launched
+    assert {"_count", "_scan", "_place", "_combine"} < set(heard)
     launches = len(heard)
     assert equal(ours(inputs), quiet)
     assert equal(loud, quiet)

@@ -6,6 +6,7 @@ import pickle
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -312,6 +313,7 @@ CHANGES = {
         lambda m: m.config.factors["gate"],
         lambda m: m.config.factors.update(gate=2.0),
     ),
+    "a number of NumPy's": (lambda m: float(m._double), lambda m: setattr(m, "_double", np.float64(2.0))),
     "a list": (lambda m: m.factors[0], lambda m: m.factors.insert(0, 2.0)),
     "a private value": (lambda m: m._factor, lambda m: setattr(m, "_factor", 2.0)),
     "a number that becomes a tensor": (
@@ -327,7 +329,8 @@ CHANGES = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_the_gate_reads_is_compared_again_when_it_changes(what):
     factor_of, change = CHANGES[what]
-    module = toy_experts(_Outer(), gate=times(factor_of), values={"factors": [1.0], "_factor": 1.0}).eval()
+    values = {"factors": [1.0], "_factor": 1.0, "_double": np.float64(1.0)}
+    module = toy_experts(_Outer(), gate=times(factor_of), values=values).eval()
     module.config.factor, module.config.factors = 1.0, {"gate": 1.0}
     assert activation_of(module) == SWIGLU
     change(module)

@@ -88,7 +88,7 @@ def test_hopper_with_fp32_gradients_of_bf16_products():
 def test_hopper_with_updates_of_frozen_experts(path, rank):
     """One more step of each product's contraction; the ring takes all four."""
     # Triton 3.6, of the oldest PyTorch that we serve, spills 76 bytes of a thread in `dh` with pointers
-    spills = 80 if path == "pointers" and triton.__version__ < "3.7" else 64
+    spills = 80 if path == "pointers" and triton.__version__.startswith("3.6.") else 64
     kernels = compiled(90, path=path, rank=rank, spills=spills)
     assert len(kernels) == (10 if rank == 16 else 12)
     assert all(kernel["wgmma.mma_async"] > 0 for kernel in kernels if kernel["kernel"] != "_grouped_mm")
