@@ -307,7 +307,7 @@ def page(records: dict[str, Record]) -> str:
             text += f"\n### Where its time is\n\n{breakdown_tables(steps)}"
     for record in records.values():
         if "compile" in record:
-            text += f"\n## Compilation\n\n{compile_section(record)}"
+            text += f"\n## Compilation{on_card(record)}\n\n{compile_section(record)}"
     for record in records.values():
         if "families" in record:
             text += f"\n## Experts that are not plain SwiGLU\n\n{families_section(record)}"
