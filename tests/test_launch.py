@@ -106,7 +106,7 @@ def calls(monkeypatch):
 def test_a_planned_launch_is_tritons_own(when, chained, calls, monkeypatch):
     """But for metadata and hooks, where nobody has set a hook. Triton's own is what a set one leads to."""
     quiet = calls()
-    assert quiet[:8] == (3, 2, 1, 7, 11, (4, 1, 0), None, None)
+    assert quiet[:9] == (3, 2, 1, 7, 11, (4, 1, 0), None, None, None)
     assert quiet[9:] == (torch.zeros(1), 5, 9, 64)
     name, heard = f"launch_{when}_hook", []
     if chained:
@@ -119,7 +119,7 @@ def test_a_planned_launch_is_tritons_own(when, chained, calls, monkeypatch):
     assert None not in loud[6:9]
 
 
-def test_no_hook_may_be_none(calls, monkeypatch):
+def test_a_hook_may_be_none(calls, monkeypatch):
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", None)
     assert calls()[6:9] == (None, None, None)
 
